@@ -1,0 +1,193 @@
+"""The driver: plans jobs, lets an engine run them, stores what comes back, and judges."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import psutil
+import torch
+
+from postern.claims.engine import Engine, Progress
+from postern.claims.fingerprint import fingerprint
+from postern.claims.outcome import Job, JobResult, Outcome, Status, conclude
+from postern.claims.paper import TIME_LIMITS_S, Claim
+from postern.claims.store import Store
+
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs to run, results that need no run, and the claims they belong to.
+
+    Attributes:
+        claims: the claims, in order.
+        scale: the scale.
+        jobs: what an engine has to run.
+        known: results that are there already: resumed ones, and jobs that this machine cannot run.
+    """
+
+    claims: tuple[Claim, ...]
+    scale: str
+    jobs: tuple[Job, ...]
+    known: tuple[JobResult, ...]
+
+
+class Observer(Protocol):
+    """Is told how a run goes. The commands show it on a terminal, a log or as JSON lines."""
+
+    def begin(self, plan: Plan) -> None:
+        """The run begins."""
+        ...
+
+    def progress(self, progress: Progress) -> None:
+        """A job is underway."""
+        ...
+
+    def finished(self, result: JobResult) -> None:
+        """A job has ended."""
+        ...
+
+    def concluded(self, outcome: Outcome) -> None:
+        """All seeds of a claim have ended."""
+        ...
+
+
+def plan(
+    claims: Sequence[Claim],
+    scale: str,
+    engine: Engine,
+    *,
+    seeds: Mapping[str, Sequence[int]],
+    finished: Store | None = None,
+    device: str | None = None,
+    time_limit_s: float | None = None,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Plan the jobs of some claims.
+
+    Args:
+        claims: the claims.
+        scale: the scale; a claim that lacks it is reported as not run.
+        engine: tells how many jobs share the machine.
+        seeds: the seeds of each claim, by its key.
+        finished: a store whose finished jobs need not run again, for resuming.
+        device: "cpu" or "cuda"; by default CUDA where a claim needs it, else the CPU.
+        time_limit_s: seconds after which a job is stopped; by default the scale's.
+        memory_limit: bytes that a job may hold; by default its share of 80 % of the machine's.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: a limit that is not positive.
+    """
+    for limit in (time_limit_s, memory_limit):
+        if limit is not None and limit <= 0:
+            raise ValueError(f"limits on time and memory are positive, got {limit:g}")
+    memory = int(psutil.virtual_memory().total * _MEMORY_SHARE)
+    jobs: list[Job] = []
+    known: list[JobResult] = []
+    for claim in claims:
+        obstacle = obstacle_to(claim, scale)
+        code = fingerprint(claim, scale) if scale in claim.scales else ""
+        for seed in seeds[claim.key]:
+            job = Job(
+                module=claim.experiment.__module__,
+                paper=claim.paper,
+                claim=claim.name,
+                scale=scale,
+                seed=seed,
+                fingerprint=code,
+                device=device or ("cuda" if scale in claim.gpu else "cpu"),
+                threads=engine.threads,
+                time_limit_s=time_limit_s or TIME_LIMITS_S[scale],
+                memory_limit=memory_limit or (memory if claim.exclusive else memory // engine.workers),
+                exclusive=claim.exclusive,
+            )
+            done = finished.find_done(job) if finished is not None else None
+            if done is not None:
+                known.append(done)
+            elif obstacle:
+                known.append(JobResult(job, Status.NOT_RUN, obstacle))
+            else:
+                jobs.append(job)
+    return Plan(tuple(claims), scale, tuple(jobs), tuple(known))
+
+
+def obstacle_to(claim: Claim, scale: str) -> str:
+    """Return why this machine cannot run a claim at a scale, or an empty text."""
+    if scale not in claim.scales:
+        return f"has no {scale} scale; it has: {', '.join(claim.scales)}"
+    if scale in claim.gpu and not torch.cuda.is_available():
+        return f"the {scale} scale needs a CUDA device, and this machine has none"
+    for extra in claim.extras:
+        if importlib.util.find_spec(extra) is None:
+            return f"needs the extra {extra!r}: pip install 'postern[{extra}]'"
+    return ""
+
+
+def execute(plan: Plan, engine: Engine, store: Store, observer: Observer) -> list[Outcome]:
+    """Run a plan and judge its claims.
+
+    Each result is stored before anybody is told of it. Stopping at any moment (Ctrl-C, kill) loses the jobs in flight
+    and no others.
+
+    Args:
+        plan: from `plan`.
+        engine: runs the jobs.
+        store: keeps the results.
+        observer: is told how it goes.
+
+    Returns:
+        One outcome a claim, in the plan's order.
+
+    Raises:
+        StoreError: the store cannot be written; the results stored so far are intact.
+    """
+    claims = {claim.key: claim for claim in plan.claims}
+    expected: dict[str, int] = defaultdict(int)
+    for key in [*(job.key for job in plan.jobs), *(result.job.key for result in plan.known)]:
+        expected[key] += 1
+    gathered: dict[str, list[JobResult]] = defaultdict(list)
+    outcomes: dict[str, Outcome] = {}
+
+    def gather(result: JobResult) -> None:
+        key = result.job.key
+        gathered[key].append(result)
+        observer.finished(result)
+        if len(gathered[key]) == expected[key]:
+            outcomes[key] = conclude(claims[key], plan.scale, gathered[key])
+            observer.concluded(outcomes[key])
+
+    observer.begin(plan)
+    for result in plan.known:
+        gather(result)
+    if plan.jobs:
+        for result in engine.run(plan.jobs, observer.progress):
+            store.add(result)
+            gather(result)
+    return [outcomes[claim.key] for claim in plan.claims if claim.key in outcomes]
+
+
+def recall(store: Store, claims: Iterable[Claim]) -> list[Outcome]:
+    """Judge again all that a run folder holds of some claims, one outcome a claim and scale.
+
+    Of a claim's results those of the most recently measured code are taken; results of claims that are no longer in
+    the catalogue are left out.
+    """
+    known = {claim.key: claim for claim in claims}
+    groups: dict[tuple[str, str], list[JobResult]] = defaultdict(list)
+    for result in store.latest():
+        if result.job.key in known and result.job.scale in known[result.job.key].scales:
+            groups[result.job.key, result.job.scale].append(result)
+    outcomes = []
+    for (key, scale), results in groups.items():
+        newest = max(results, key=lambda result: result.finished).job.fingerprint
+        current = [result for result in results if result.job.fingerprint == newest]
+        outcomes.append(conclude(known[key], scale, current))
+    return outcomes
