@@ -1,0 +1,5 @@
+"""``python -m postern``."""
+
+from postern.cli import main
+
+main()
