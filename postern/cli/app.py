@@ -64,9 +64,10 @@ def main() -> None:
 def _is_expected(error: Exception) -> bool:
     from postern.claims.ledger import LedgerError
     from postern.claims.store import StoreError
+    from postern.data import InvalidData
     from postern.errors import Unavailable
 
-    return isinstance(error, StoreError | LedgerError | Unavailable)
+    return isinstance(error, StoreError | LedgerError | InvalidData | Unavailable)
 
 
 def _complain(message: str) -> None:
