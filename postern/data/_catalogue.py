@@ -35,7 +35,7 @@ class Files:
     sha256: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataSet:
     """A data set.
 
@@ -140,7 +140,7 @@ _SKLEARN = "https://scikit-learn.org/stable/datasets/toy_dataset.html"
 _WIKITEXT_2 = {"train": (36_718,), "validation": (3_760, 3_758), "test": (4_358, 4_357)}
 _WIKITEXT_103 = {"train": (1_801_350,), "validation": (3_760, 3_758), "test": (4_358, 4_357)}
 
-_SHAKESPEARE_PARTS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
+_SHAKESPEARE_PARTS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 _SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _PTB = {"train": ("train", 42_068), "validation": ("valid", 3_370), "test": ("test", 3_761)}
 _PTB_SHA256 = {
@@ -262,13 +262,13 @@ _DATA_SETS = (
         title="40 000 lines of Shakespeare",
         splits=MappingProxyType(dict.fromkeys(_SHAKESPEARE_PARTS)),
         licence="public domain",
-        source="https://github.com/karpathy/char-rnn",
+        source="https://huggingface.co/datasets/karpathy/tiny_shakespeare",
         repository="karpathy/tiny_shakespeare",
         files=MappingProxyType(
             {
                 split: (
                     Files("input.txt", (40_000,), revision=None, part=part, sha256=(_SHAKESPEARE_SHA256,)),
-                    *((Files(f"default/{split}/*.parquet", (1,), revision=CONVERTED),) if split != "all" else ()),
+                    Files(f"default/{split}/*.parquet", (1,), revision=CONVERTED),
                 )
                 for split, part in _SHAKESPEARE_PARTS.items()
             }

@@ -58,5 +58,5 @@ def download(data_set: DataSet, files: Files, folder: Path | None = None) -> Pat
             )
         )
     except Exception as error:  # which ones depends on the HTTP library below, another in each version of the client
-        reason = " ".join(str(error).split())
-        raise HubUnreachable(f"{type(error).__name__}: {reason}") from error
+        cause = error.__cause__ or error
+        raise HubUnreachable(f"{type(cause).__name__}: {' '.join(str(cause).split()).rstrip('.')}") from error

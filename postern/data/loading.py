@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -214,7 +214,7 @@ def _complete(folder: Path, files: Files) -> tuple[Path, ...]:
 
 
 def _download(data_set: DataSet, split: str, folder: Path | None = None) -> _Found:
-    reason = "the Hub has no such files"
+    reason = ""
     for files in data_set.files[split]:
         if files.revision is None:
             continue
@@ -225,6 +225,7 @@ def _download(data_set: DataSet, split: str, folder: Path | None = None) -> _Fou
             continue
         if paths := _complete(fetched, files):
             return _Found("local" if folder else "hub cache", fetched, files, paths)
+        reason = f"it has no {files.pattern}"
     raise DataUnavailable(_unavailable(data_set, split, reason))
 
 
@@ -234,19 +235,25 @@ def _unavailable(data_set: DataSet, split: str, reason: str) -> str:
     if folder is None:
         local = "the environment variable POSTERN_DATA is not set"
     else:
-        splits = [split] if split else list(data_set.splits)
-        patterns = dict.fromkeys(files.pattern for each in splits for files in data_set.files[each])
-        local = f"{folder} has no {' and no '.join(patterns)}"
+        splits = (split,) if split else tuple(data_set.splits)
+        local = f"{folder} has no {' and no '.join(_patterns(data_set, splits))}"
+    substitute = {"images": "digits", "table": "breast-cancer", "text": "python-stdlib"}[data_set.kind]
     return (
-        f"{what} is not available. Looked in three places: (1) embedded: it is not among the embedded sets; "
-        f"(2) local files: {local}; (3) the Hub, {data_set.source}: {reason}. {_remedy(data_set)}"
+        f"{what} is not available. Looked in three places: (1) the embedded sets: it is not one of them; "
+        f"(2) local files: {local}; (3) the Hub, {data_set.source}: {reason}. "
+        f"{_remedy(data_set)} Or use the embedded {substitute!r}."
     )
 
 
 def _remedy(data_set: DataSet) -> str:
-    layouts = dict.fromkeys(files.pattern for split in data_set.files.values() for files in split)
+    wanted = [files for split in data_set.files.values() for files in split if files.revision is not None]
+    (branch,) = {str(files.revision) for files in wanted}
     return (
-        f"With a network: postern data fetch {data_set.name}. Without: copy the files from {data_set.source} to "
-        f"$POSTERN_DATA/{'/'.join(data_set.name.split('/')[:2])}/ ({', '.join(layouts)}), "
-        "or take an embedded set instead."
+        f"With a network: postern data fetch {data_set.name}. Without: copy {', '.join(f.pattern for f in wanted)} "
+        f"from {data_set.source}/tree/{branch.replace('/', '%2F')} to "
+        f"$POSTERN_DATA/{'/'.join(data_set.name.split('/')[:2])}/."
     )
+
+
+def _patterns(data_set: DataSet, splits: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(files.pattern for split in splits for files in data_set.files[split]))
