@@ -5,10 +5,11 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from postern.heads.protocol import check_hidden, check_target
+from postern.heads._linear import LinearHead
+from postern.heads.protocol import check_target
 
 
-class SoftmaxHead(nn.Module):
+class SoftmaxHead(LinearHead):
     """Linear logits ``z = W h + b`` with the cross-entropy ``-log softmax(z)_y``.
 
     Args:
@@ -20,24 +21,6 @@ class SoftmaxHead(nn.Module):
         ValueError: sizes that make no classifier.
     """
 
-    def __init__(self, in_features: int, num_classes: int, bias: bool = True) -> None:
-        super().__init__()
-        if in_features < 1 or num_classes < 2:
-            raise ValueError(f"a head needs in_features >= 1 and num_classes >= 2, got {in_features} and {num_classes}")
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.linear = nn.Linear(in_features, num_classes, bias=bias)
-
-    def logits(self, hidden: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch num_classes"]:
-        """Return ``W h + b``.
-
-        Raises:
-            ValueError: hidden vectors of another width, or not floating point.
-        """
-        check_hidden(hidden, self.in_features)
-        logits: Tensor = self.linear(hidden)
-        return logits
-
     def loss(self, hidden: Float[Tensor, "*batch in_features"], target: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
         """Return the mean of ``-log softmax(z)_y``.
 
@@ -47,7 +30,3 @@ class SoftmaxHead(nn.Module):
         check_target(hidden, target)
         logits = self.logits(hidden).reshape(-1, self.num_classes)
         return nn.functional.cross_entropy(logits, target.reshape(-1).long())
-
-    def forward(self, hidden: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch num_classes"]:
-        """Return the logits."""
-        return self.logits(hidden)
