@@ -82,17 +82,20 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
         (mean, low, high). With one value the interval is (-inf, inf).
 
     Raises:
-        ValueError: no values, or one that is not finite.
+        ValueError: no values, one that is not finite, or values too large for their squares to be summed.
     """
     if not values:
         raise ValueError("an interval needs the values of at least one seed, got none")
     sample = np.asarray(values, dtype=np.float64)
     if not np.isfinite(sample).all():
         raise ValueError(f"an interval needs finite values, got {list(values)}")
-    mean = float(sample.mean())
     if len(sample) == 1:
-        return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1) * sample.std(ddof=1) / math.sqrt(len(sample)))
+        return float(sample[0]), -math.inf, math.inf
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = float(sample.mean()), float(sample.std(ddof=1))
+    if not math.isfinite(mean) or not math.isfinite(deviation):
+        raise ValueError(f"an interval needs values whose sum of squares is finite, got {list(values)}")
+    half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1)) * deviation / math.sqrt(len(sample))
     return mean, mean - half, mean + half
 
 
@@ -124,6 +127,13 @@ def _in_words(subject: str, floor: float, ceiling: float) -> str:
     if math.isinf(floor):
         return f"{subject} <= {ceiling:g}"
     return f"{floor:g} <= {subject} <= {ceiling:g}"
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 class _OneNumber:
@@ -244,8 +254,7 @@ class Ratio(_OneNumber):
 
     def judge(self, seeds: Sequence[Metrics]) -> Judgement:
         """Judge the geometric mean over the seeds and its interval against the bounds."""
-        mean, low, high = mean_interval([self.value(metrics) for metrics in seeds])
-        return self._compare(math.exp(mean), math.exp(low), math.exp(high) if high < 700 else math.inf)
+        return self._compare(*map(_exp, mean_interval([self.value(metrics) for metrics in seeds])))
 
     def metrics(self) -> frozenset[str]:
         """Return the names of the metrics that it reads."""
@@ -357,6 +366,8 @@ class Slope(_OneNumber):
     def __post_init__(self) -> None:
         if len(self.points) < 2:
             raise ValueError(f"a slope needs at least two sizes, got {dict(self.points)}")
+        if not all(math.isfinite(size) for size in self.points):
+            raise ValueError(f"a slope needs finite sizes, got {sorted(self.points)}")
         if self.logarithmic and min(self.points) <= 0:
             raise ValueError(f"sizes on a logarithmic axis are positive, got {min(self.points)}")
         self.bounds()
@@ -398,7 +409,7 @@ class AllOf:
     first refuted one, else the first inconclusive one, else the first.
 
     Args:
-        parts: two or more criteria.
+        parts: one or more criteria.
 
     Raises:
         ValueError: no parts.
