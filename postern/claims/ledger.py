@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from postern.claims.outcome import Outcome
 from postern.claims.paper import Claim
 
 FIRST_PUBLISHED_SEED = 1000
+PACKAGE = Path(__file__).parents[1]
 _VERSIONED = ("postern", "torch", "numpy", "scipy", "scikit-learn", "transformers")
 _MARK = {Verdict.HOLDS: "✔", Verdict.REFUTED: "✘", Verdict.INCONCLUSIVE: "?"}
 
@@ -26,18 +28,15 @@ class LedgerError(RuntimeError):
     """The ledger cannot be read or written as asked; the text says why and what to do."""
 
 
-def seeds_to_publish(results: Path, claim: Claim, scale: str, count: int) -> range:
-    """Return seeds for new evidence: from 1000 up, never used for this claim before.
+def seeds_to_publish(results: Path, claim: Claim, count: int) -> range:
+    """Return seeds for new evidence: from 1000 up, never used for this claim before, at whatever scale.
 
     Args:
         results: the ledger's folder.
         claim: the claim.
-        scale: the scale.
         count: how many seeds.
     """
-    document = read_document(results, claim)
-    used = [seed for entry in _entries(document) for seed in entry["seeds"]] if document else []
-    first = max(used, default=FIRST_PUBLISHED_SEED - 1) + 1
+    first = max(_used_seeds(results, claim), default=FIRST_PUBLISHED_SEED - 1) + 1
     return range(first, first + count)
 
 
@@ -75,19 +74,18 @@ def publish(results: Path, outcomes: Iterable[Outcome], commit: str) -> list[Pat
         The files that were written.
 
     Raises:
-        LedgerError: a file that is there is no document of the ledger.
+        LedgerError: a seed below 1000 or one that was published before, a file that is no document of the ledger, or
+            one that cannot be written. What the ledger had before is intact.
     """
+    evidence = [(each, each.judgement) for each in outcomes if each.verdict in _MARK and each.judgement is not None]
+    for outcome, _ in evidence:
+        _check_seeds(results, outcome)
     written = []
-    for outcome in outcomes:
-        if outcome.verdict not in _MARK or outcome.judgement is None:
-            continue
+    for outcome, judgement in evidence:
         path = _path(results, outcome.claim.paper, outcome.claim.name)
-        entry = _entry(outcome, outcome.judgement, commit)
+        entry = _entry(outcome, judgement, commit)
         entry["history"] = _entries(_read(path)) if path.exists() else []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(entry, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        _write(path, json.dumps(_plain(entry), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         written.append(path)
     return written
 
@@ -119,19 +117,30 @@ def render(documents: Sequence[Mapping[str, Any]], claims: Mapping[str, Claim]) 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def commit_of(folder: Path) -> str:
-    """Return the commit of a checkout whose tracked files are unchanged.
+def commit_of(folder: Path, package: Path = PACKAGE) -> str:
+    """Return the commit that has the code that is running.
+
+    Args:
+        folder: somewhere in the checkout.
+        package: where the running code is.
 
     Raises:
-        LedgerError: it is no checkout, or it has changes that no commit has.
+        LedgerError: ``folder`` is in no checkout, the running code is elsewhere, or no commit has it as it is.
     """
     try:
+        top = Path(_git(folder, "rev-parse", "--show-toplevel")).resolve()
         commit = _git(folder, "rev-parse", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "postern")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise LedgerError(f"publishing needs a git checkout of postern, and {folder} is none: {error}") from error
+        reason = str(getattr(error, "stderr", "")).strip() or error
+        raise LedgerError(f"publishing needs a git checkout of postern, and {folder} is none: {reason}") from error
+    if not package.resolve().is_relative_to(top):
+        raise LedgerError(
+            f"published numbers name a commit of {top}, but the code that is running is {package}: "
+            "publish from its own checkout"
+        )
+    changes = _git(top, "status", "--porcelain", "--untracked-files=all", "--", str(package.resolve()))
     if changes:
-        raise LedgerError(f"published numbers name a commit, but these files have changes in none:\n{changes}")
+        raise LedgerError(f"published numbers name a commit, and no commit has these files as they are:\n{changes}")
     return commit
 
 
@@ -155,6 +164,47 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
+def _used_seeds(results: Path, claim: Claim) -> set[int]:
+    document = read_document(results, claim)
+    return {seed for entry in _entries(document) for seed in entry["seeds"]} if document else set()
+
+
+def _check_seeds(results: Path, outcome: Outcome) -> None:
+    seeds = {result.job.seed for result in outcome.results}
+    if min(seeds) < FIRST_PUBLISHED_SEED:
+        raise LedgerError(
+            f"{outcome.claim.key}: evidence takes seeds from {FIRST_PUBLISHED_SEED} up, those below are for building "
+            f"and tuning; got seed {min(seeds)}"
+        )
+    again = seeds & _used_seeds(results, outcome.claim)
+    if again:
+        raise LedgerError(f"{outcome.claim.key}: seed {min(again)} was published before, and each seed counts once")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    fresh = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink()
+        raise LedgerError(f"cannot write {path}: {error}; what the ledger had before is intact") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite become null, other things their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
 def _entries(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A document's latest entry and its history, newest first."""
     latest = {key: value for key, value in document.items() if key != "history"}
@@ -164,6 +214,8 @@ def _entries(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _entry(outcome: Outcome, judgement: Judgement, commit: str) -> dict[str, Any]:
     claim, first = outcome.claim, outcome.results[0]
     configuration = claim.scales[outcome.scale]
+    if is_dataclass(configuration) and not isinstance(configuration, type):
+        configuration = asdict(configuration)
     return {
         "paper": claim.paper,
         "claim": claim.name,
@@ -172,18 +224,18 @@ def _entry(outcome: Outcome, judgement: Judgement, commit: str) -> dict[str, Any
         "scale": outcome.scale,
         "verdict": outcome.verdict.value,
         "estimate": judgement.estimate,
-        "interval": _finite(judgement.interval),
+        "interval": judgement.interval,
         "criterion": judgement.criterion,
         "parts": [
             {
                 "criterion": part.criterion,
                 "verdict": part.verdict.value,
                 "estimate": part.estimate,
-                "interval": _finite(part.interval),
+                "interval": part.interval,
             }
             for part in judgement.parts
         ],
-        "configuration": asdict(configuration) if hasattr(configuration, "__dataclass_fields__") else configuration,
+        "configuration": configuration,
         "metrics": {str(seed): metrics for seed, metrics in outcome.metrics.items()},
         "tables": dict(first.measurement.tables),
         "seeds": [result.job.seed for result in outcome.results],
@@ -196,10 +248,6 @@ def _entry(outcome: Outcome, judgement: Judgement, commit: str) -> dict[str, Any
         "fingerprint": first.job.fingerprint,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def _finite(interval: tuple[float, float]) -> list[float | None]:
-    return [bound if math.isfinite(bound) else None for bound in interval]
 
 
 def versions() -> dict[str, str]:

@@ -134,7 +134,7 @@ def _choose_seeds(claims: Sequence[Claim], scale: str, count: int | None, publis
     chosen = {}
     for claim in claims:
         wanted = count or claim.seeds_at(scale)
-        chosen[claim.key] = ledger.seeds_to_publish(RESULTS, claim, scale, wanted) if publish else range(wanted)
+        chosen[claim.key] = ledger.seeds_to_publish(RESULTS, claim, wanted) if publish else range(wanted)
     return chosen
 
 
