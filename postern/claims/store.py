@@ -17,8 +17,9 @@ from postern.claims.outcome import Job, JobResult, Status
 from postern.claims.run import Measurement, Picture
 
 SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS job (
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE job (
     id INTEGER PRIMARY KEY,
     paper TEXT NOT NULL,
     claim TEXT NOT NULL,
@@ -29,8 +30,11 @@ CREATE TABLE IF NOT EXISTS job (
     finished TEXT NOT NULL,
     result TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS job_identity ON job (paper, claim, scale, seed, fingerprint);
+CREATE INDEX job_identity ON job (paper, claim, scale, seed, fingerprint);
+PRAGMA user_version = {SCHEMA_VERSION};
+COMMIT;
 """
+_REMEDY = "choose another --out, or move the file away"
 
 
 class StoreError(RuntimeError):
@@ -73,7 +77,6 @@ class Store:
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
-        remedy = "choose another --out, or move the file away"
         connection = None
         try:
             connection = sqlite3.connect(path, isolation_level=None)
@@ -82,12 +85,14 @@ class Store:
             if version > SCHEMA_VERSION:
                 raise StoreError(
                     f"{path} was written by a newer postern (format {version}; this one knows {SCHEMA_VERSION}): "
-                    f"upgrade postern, or {remedy}. Nothing was changed"
+                    f"upgrade postern, or {_REMEDY}. Nothing was changed"
                 )
+            if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise StoreError(f"{path} is the database of another program: {_REMEDY}. Nothing was changed")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
-            connection.executescript(_SCHEMA)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            if version == 0:
+                connection.executescript(_SCHEMA)
         except StoreError:
             if connection is not None:
                 connection.close()
@@ -95,7 +100,7 @@ class Store:
         except sqlite3.DatabaseError as error:
             if connection is not None:
                 connection.close()
-            raise StoreError(f"cannot use {path} as a run's store: {error}; {remedy}") from error
+            raise StoreError(f"cannot use {path} as a run's store: {error}; {_REMEDY}") from error
         return connection
 
     def __enter__(self) -> Self:
@@ -109,24 +114,30 @@ class Store:
         self._connection.close()
         self._lock.release()
 
-    def add(self, result: JobResult) -> None:
-        """Keep a result.
+    def add(self, *results: JobResult) -> None:
+        """Keep results: all or none of them.
 
         Raises:
-            StoreError: it cannot be written, as on a full disk. Results added before are intact.
+            StoreError: they cannot be written, as on a full disk. Results added before are intact.
         """
-        job = result.job
-        row = (job.paper, job.claim, job.scale, job.seed, job.fingerprint, result.status.value)
-        with self._explained():
-            self._connection.execute(
+        rows = [
+            (
+                *(result.job.paper, result.job.claim, result.job.scale, result.job.seed, result.job.fingerprint),
+                *(result.status.value, result.finished.isoformat(), json.dumps(_to_document(result))),
+            )
+            for result in results
+        ]
+        with self._explained_writing(), self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(
                 "INSERT INTO job (paper, claim, scale, seed, fingerprint, status, finished, result) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*row, result.finished.isoformat(), json.dumps(_to_document(result))),
+                rows,
             )
 
     def find_done(self, job: Job) -> JobResult | None:
         """Return the latest result of the same code, configuration and seed that is done, or None."""
-        with self._explained():
+        with self._explained_reading():
             row = self._connection.execute(
                 "SELECT result FROM job WHERE paper = ? AND claim = ? AND scale = ? AND seed = ? AND fingerprint = ? "
                 "AND status = 'done' ORDER BY id DESC LIMIT 1",
@@ -136,7 +147,7 @@ class Store:
 
     def latest(self) -> list[JobResult]:
         """Return the latest result of every claim, scale and seed that this folder has."""
-        with self._explained():
+        with self._explained_reading():
             rows = self._connection.execute(
                 "SELECT result FROM job WHERE id IN (SELECT max(id) FROM job GROUP BY paper, claim, scale, seed) "
                 "ORDER BY paper, claim, scale, seed"
@@ -144,7 +155,7 @@ class Store:
         return [_from_document(json.loads(row[0])) for row in rows]
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained_writing(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
@@ -152,6 +163,13 @@ class Store:
                 f"cannot write to {self.folder / self.FILE}: {error}. Results stored so far are intact: "
                 f"see that the disk has room, then go on with --resume --out {self.folder}"
             ) from error
+
+    @contextmanager
+    def _explained_reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot read {self.folder / self.FILE}: {error}; {_REMEDY}") from error
 
 
 def _to_document(result: JobResult) -> dict[str, Any]:
