@@ -5,11 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
-
-import psutil
-import torch
 
 from postern.claims.engine import Engine, Progress
 from postern.claims.fingerprint import fingerprint
@@ -17,7 +15,7 @@ from postern.claims.outcome import Job, JobResult, Outcome, Status, conclude
 from postern.claims.paper import TIME_LIMITS_S, Claim
 from postern.claims.store import Store
 
-_MEMORY_SHARE = 0.8
+_BROKEN_OFF = "the run was broken off before this seed ended: go on with the same command and --resume"
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,12 @@ def plan(
     Args:
         claims: the claims.
         scale: the scale; a claim that lacks it is reported as not run.
-        engine: tells how many jobs share the machine.
+        engine: tells what a job may use, and whether there is a GPU.
         seeds: the seeds of each claim, by its key.
         finished: a store whose finished jobs need not run again, for resuming.
         device: "cpu" or "cuda"; by default CUDA where a claim needs it, else the CPU.
         time_limit_s: seconds after which a job is stopped; by default the scale's.
-        memory_limit: bytes that a job may hold; by default its share of 80 % of the machine's.
+        memory_limit: bytes that a job may hold; by default what the engine gives it.
 
     Returns:
         The plan.
@@ -89,11 +87,11 @@ def plan(
     for limit in (time_limit_s, memory_limit):
         if limit is not None and limit <= 0:
             raise ValueError(f"limits on time and memory are positive, got {limit:g}")
-    memory = int(psutil.virtual_memory().total * _MEMORY_SHARE)
     jobs: list[Job] = []
     known: list[JobResult] = []
     for claim in claims:
-        obstacle = obstacle_to(claim, scale)
+        obstacle = _obstacle_to(claim, scale, engine, device)
+        share = engine.share(claim.exclusive)
         code = fingerprint(claim, scale) if scale in claim.scales else ""
         for seed in seeds[claim.key]:
             job = Job(
@@ -104,9 +102,9 @@ def plan(
                 seed=seed,
                 fingerprint=code,
                 device=device or ("cuda" if scale in claim.gpu else "cpu"),
-                threads=engine.threads,
+                threads=share.threads,
                 time_limit_s=time_limit_s or TIME_LIMITS_S[scale],
-                memory_limit=memory_limit or (memory if claim.exclusive else memory // engine.workers),
+                memory_limit=memory_limit or share.memory,
                 exclusive=claim.exclusive,
             )
             done = finished.find_done(job) if finished is not None else None
@@ -119,12 +117,12 @@ def plan(
     return Plan(tuple(claims), scale, tuple(jobs), tuple(known))
 
 
-def obstacle_to(claim: Claim, scale: str) -> str:
-    """Return why this machine cannot run a claim at a scale, or an empty text."""
+def _obstacle_to(claim: Claim, scale: str, engine: Engine, device: str | None) -> str:
+    """Return why a claim cannot be run at a scale, or an empty text."""
     if scale not in claim.scales:
         return f"has no {scale} scale; it has: {', '.join(claim.scales)}"
-    if scale in claim.gpu and not torch.cuda.is_available():
-        return f"the {scale} scale needs a CUDA device, and this machine has none"
+    if (scale in claim.gpu or device == "cuda") and not engine.has_gpu:
+        return f"the {scale} scale needs a CUDA device, and there is none"
     for extra in claim.extras:
         if importlib.util.find_spec(extra) is None:
             return f"needs the extra {extra!r}: pip install 'postern[{extra}]'"
@@ -135,7 +133,8 @@ def execute(plan: Plan, engine: Engine, store: Store, observer: Observer) -> lis
     """Run a plan and judge its claims.
 
     Each result is stored before anybody is told of it. Stopping at any moment (Ctrl-C, kill) loses the jobs in flight
-    and no others.
+    and no others; until a job has ended the store says that it was not run, so that no claim is ever judged by the
+    seeds that happened to come first.
 
     Args:
         plan: from `plan`.
@@ -165,12 +164,15 @@ def execute(plan: Plan, engine: Engine, store: Store, observer: Observer) -> lis
             observer.concluded(outcomes[key])
 
     observer.begin(plan)
+    pending = [JobResult(job, Status.NOT_RUN, _BROKEN_OFF) for job in plan.jobs]
+    store.add(*pending, *(result for result in plan.known if result.status is Status.NOT_RUN))
     for result in plan.known:
         gather(result)
     if plan.jobs:
-        for result in engine.run(plan.jobs, observer.progress):
-            store.add(result)
-            gather(result)
+        with closing(engine.run(plan.jobs, observer.progress)) as results:
+            for result in results:
+                store.add(result)
+                gather(result)
     return [outcomes[claim.key] for claim in plan.claims if claim.key in outcomes]
 
 

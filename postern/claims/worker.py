@@ -6,8 +6,11 @@ import contextlib
 import faulthandler
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -72,7 +75,8 @@ def perform_apart(job: Job, folder: str) -> JobResult:
     """Run a job in a process that has nothing else to do.
 
     Writes into ``folder``: ``output``, all that the job prints, also from C; ``progress``, a JSON document with the
-    process number and how far the job is.
+    process number and how far the job is. The process leads a group of its own, so that whoever stops it can stop
+    what it started, too; when the process that started it is gone, all of them end.
 
     Args:
         job: the job.
@@ -81,6 +85,7 @@ def perform_apart(job: Job, folder: str) -> JobResult:
     Returns:
         The result, with the end of the output.
     """
+    _stand_alone()
     with _redirected(Path(folder, "output")):
         report = _ProgressFile(Path(folder, "progress"))
         report("starting", 0, None)
@@ -104,6 +109,23 @@ def read_output(path: Path) -> str:
             return file.read().decode("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _stand_alone() -> None:
+    """Lead a process group, and end it when the parent is gone: nobody would stop it or want its result."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+    def end_with_parent() -> None:
+        parent.join()
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="end-with-parent", daemon=True).start()
 
 
 class _ProgressFile:
