@@ -18,6 +18,7 @@ MAX_POINTS = 400
 MAX_LINES = 6
 LOGARITHMIC_RANGE = 100.0
 
+_DRAWABLE = (1e-100, 1e100)  # magnitudes; what is larger is left out, what is smaller is zero to a logarithmic axis
 _EDGE = 0.16  # of the shown range, left free on both sides for labels
 _PLOT_HEIGHT = 200
 _RANGE_FACTOR = 8.0
@@ -200,7 +201,7 @@ def curves_of(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[Curve]:
     """Gather the logs of the seeds into one curve a metric.
 
     A curve is drawn at the steps that every seed logged; where seeds share fewer than two, the first seed stands alone.
-    Values that are not finite are left out. Metrics with fewer than two points make no curve.
+    Values that are not finite, or too large to draw, are left out. Metrics with fewer than two points make no curve.
 
     Args:
         logs: what each seed logged, in order: ``{"step": 10, "loss": 0.3}``.
@@ -209,7 +210,7 @@ def curves_of(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[Curve]:
     for seed, entries in logs.items():
         for entry in entries:
             for name, value in entry.items():
-                if name != "step" and math.isfinite(value):
+                if name != "step" and abs(value) <= _DRAWABLE[1]:
                     by_metric.setdefault(name, {}).setdefault(seed, {})[entry["step"]] = value
     curves = []
     for name, seeds in by_metric.items():
@@ -262,12 +263,13 @@ def _read_together(curves: Sequence[Curve]) -> bool:
 
 def _curve_chart(curves: Sequence[Curve]) -> CurveChart:
     low, high = min(min(curve.low) for curve in curves), max(max(curve.high) for curve in curves)
-    logarithmic = low > 0 and high / low >= LOGARITHMIC_RANGE
+    logarithmic = low > _DRAWABLE[0] and high / low >= LOGARITHMIC_RANGE
     first, last = min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves)
     ticks = _logarithmic_ticks(low, high) if logarithmic else _ticks(low, high)
     bottom, top = min(low, ticks[0]), max(high, ticks[-1])
-    if bottom == top:
-        bottom, top = bottom - (abs(bottom) or 1) / 2, top + (abs(top) or 1) / 2
+    if len(ticks) == 1:
+        margin = abs(ticks[0]) / 2 or 1.0
+        bottom, top = bottom - margin, top + margin
 
     def y(value: float) -> float:
         if logarithmic:
@@ -355,8 +357,8 @@ def _numbers_behind(curves: Sequence[Curve], rows: int = 12) -> tuple[tuple[str,
 
 
 def _ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round numbers at equal distances that enclose ``low`` to ``high``."""
-    if low == high:
+    """Round numbers at equal distances that enclose ``low`` to ``high``; one number where they are the same."""
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), _DRAWABLE[0]):
         return [low]
     rough = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))

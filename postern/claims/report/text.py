@@ -20,8 +20,8 @@ def decimals_of(value: float, significant: int = SIGNIFICANT_DIGITS) -> int:
     """Return how many decimals show ``significant`` digits of ``value``; negative for numbers that are larger."""
     if value == 0 or not math.isfinite(value):
         return 0
-    rounded = float(f"{value:.{significant - 1}e}")  # 9.996 has three digits as 10.0, not as 9.996
-    return significant - 1 - math.floor(math.log10(abs(rounded)))
+    exponent = int(f"{value:.{significant - 1}e}".split("e")[1])  # of the rounded number: 9.996 is 10.0 in three digits
+    return significant - 1 - exponent
 
 
 def number(value: float, decimals: int | None = None) -> str:
