@@ -1,0 +1,178 @@
+"""Attention of postern under a name that the models of Hugging Face Transformers know.
+
+After `register_clipped_softmax` any model whose attention goes through Transformers' ``AttentionInterface`` (OPT, BERT,
+ViT, Llama and most others) uses the clipped softmax by name:
+
+    config = OPTConfig(attn_implementation="postern/clipped_softmax", clipped_softmax={"alpha": 2.0})
+    model = OPTForCausalLM(config)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from postern.attention.self_attention import Normaliser, attention_logits
+from postern.errors import MissingExtra
+from postern.softmax.clipped import clipped_softmax, clipping_gamma
+
+CLIPPED_SOFTMAX = "postern/clipped_softmax"
+
+ModelAttention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register_clipped_softmax(
+    name: str = CLIPPED_SOFTMAX, *, alpha: float | None = None, gamma: float | None = None, zeta: float = 1.0
+) -> None:
+    """Register the clipped softmax with Transformers; models then use it by name.
+
+    A model's own settings come from its configuration's ``clipped_softmax``, a mapping with ``alpha`` or ``gamma``, and
+    optionally ``zeta`` and ``length``; a configuration without one uses the settings given here. ``alpha`` refers to
+    ``length``, by default the configuration's ``max_position_embeddings``, else the number of keys. ``gamma=0`` with
+    ``zeta=1`` is softmax. See `postern.softmax.clipped_softmax`.
+
+    Registering a name again replaces its settings.
+
+    Args:
+        name: for ``attn_implementation``.
+        alpha: for configurations that say nothing.
+        gamma: for configurations that say nothing; -0.03, the paper's main setting, if neither is given.
+        zeta: for configurations that say nothing.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+        ValueError: impossible settings.
+    """
+    clipping_gamma(gamma, zeta, alpha, 1)
+    defaults = {"alpha": alpha, "gamma": gamma, "zeta": zeta}
+    register_attention(name, functools.partial(clipped_softmax_forward, defaults=defaults))
+
+
+def register_attention(name: str, forward: ModelAttention) -> None:
+    """Register an attention function with Transformers, together with the masks that it gets.
+
+    Args:
+        name: for ``attn_implementation``. Transformers takes names such as "owner/name" for kernels to be downloaded,
+            even where they are registered; names registered here are exempt from that.
+        forward: ``forward(module, query, key, value, attention_mask, scaling=..., dropout=..., **options)``, giving
+            the output ``[batch, queries, heads, value_dim]`` and the weights or None. Its mask is None, or additive
+            ``[batch, 1, queries, keys]``, as for Transformers' own "eager" attention.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+        ValueError: an empty name.
+    """
+    if not name:
+        raise ValueError("an attention function is registered under a name, got an empty one")
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
+        from transformers.masking_utils import eager_mask
+    except ImportError:
+        raise MissingExtra("transformers", "Registering attention with Transformers") from None
+    is_kernel = getattr(modeling_utils, "is_kernel", None)
+    if is_kernel is not None and is_kernel(name):
+        # the one place where Transformers asks, before it looks among the registered functions
+        modeling_utils.is_kernel = functools.wraps(is_kernel)(
+            lambda candidate: candidate != name and is_kernel(candidate)
+        )
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, eager_mask)
+
+
+def clipped_softmax_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    *,
+    defaults: Mapping[str, Any],
+    **options: Any,
+) -> tuple[Float[Tensor, "batch queries heads value_dim"], Float[Tensor, "batch heads queries keys"]]:
+    """Attend in a Transformers model; what `register_clipped_softmax` registers.
+
+    Args:
+        module: the model's attention layer; its ``config`` may have ``clipped_softmax``.
+        query: queries.
+        key: keys.
+        value: values.
+        attention_mask: see `normalised_forward`.
+        defaults: settings for configurations that have none.
+        options: see `normalised_forward`.
+
+    Raises:
+        ValueError: impossible settings, or an option that `normalised_forward` does not know.
+    """
+    config = getattr(module, "config", None)
+    settings = getattr(config, "clipped_softmax", None)
+    if settings is None:
+        settings = defaults
+    elif not isinstance(settings, Mapping) or not settings.keys() <= {"alpha", "gamma", "zeta", "length"}:
+        raise ValueError(
+            "a configuration's clipped_softmax is a mapping with alpha or gamma, and optionally zeta and length; "
+            f"got {settings!r}"
+        )
+    zeta = settings.get("zeta", 1.0)
+    length = settings.get("length") or getattr(config, "max_position_embeddings", None) or key.shape[-2]
+    gamma = clipping_gamma(settings.get("gamma"), zeta, settings.get("alpha"), length)
+    normalise = functools.partial(clipped_softmax, gamma=gamma, zeta=zeta)
+    return normalised_forward(module, query, key, value, attention_mask, normalise=normalise, **options)
+
+
+def normalised_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    *,
+    normalise: Normaliser,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "batch queries heads value_dim"], Float[Tensor, "batch heads queries keys"]]:
+    """Attend with a function of the softmax family, under the conventions of Transformers.
+
+    Args:
+        module: the model's attention layer.
+        query: queries.
+        key: keys; several query heads in a row may share one.
+        value: values.
+        attention_mask: added to the logits; or boolean, true where a key may be attended to.
+        normalise: a function of the softmax family.
+        scaling: of the logits; by default ``1 / sqrt(head_dim)``.
+        dropout: share of the weights that are zeroed in training.
+        position_bias: added to the logits.
+        softcap: must be None.
+        s_aux: must be None.
+
+    Raises:
+        ValueError: a model that caps its logits or has attention sinks of its own.
+    """
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__} caps its logits or adds sinks to its softmax, which other normalisers cannot; "
+            f"got softcap={softcap}, s_aux={'a tensor' if s_aux is not None else None}"
+        )
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    logits = attention_logits(query, key, scaling)
+    if position_bias is not None:
+        logits = logits + position_bias
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
+        else:
+            logits = logits + attention_mask
+    weights = F.dropout(normalise(logits, -1), dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
