@@ -1,9 +1,13 @@
-"""What all tests share: one thread, so that timings and sums do not depend on the machine's load."""
+"""What all tests share: one thread and no deadlines, so that they do not depend on the machine's load."""
 
 import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("postern", deadline=None)
+settings.load_profile("postern")
 
 
 @pytest.fixture(autouse=True, scope="session")
