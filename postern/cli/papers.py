@@ -14,7 +14,7 @@ from postern.cli.selection import complete_paper, print_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from postern.claims import Paper
+    from postern.papers import Entry
 
 
 def papers(
@@ -31,11 +31,11 @@ def papers(
 
     Examples: `postern papers`, `postern papers softmax`, `postern papers soft-nms`.
     """
-    from postern.papers import catalogue, search
+    from postern.papers import entries, search_entries, similar_words
 
-    by_slug = {paper.slug: paper for paper in catalogue()}
+    by_slug = {paper.slug: paper for paper in entries()}
     exact = query in by_slug
-    found = [by_slug[query]] if exact else list(search(query)) if query else list(by_slug.values())
+    found = [by_slug[query]] if exact else search_entries(query) if query else list(by_slug.values())
     if as_json:
         print_json([_as_document(paper) for paper in found])
     elif exact:
@@ -45,15 +45,15 @@ def papers(
     else:
         from postern.cli.selection import nearest
 
-        Console(stderr=True).print(f"No paper matches {query!r}; {nearest(query, list(by_slug))}")
+        Console(stderr=True).print(f"No paper matches {query!r}; {nearest(query, [*similar_words(query), *by_slug])}")
         raise typer.Exit(1)
 
 
-def _status(paper: Paper) -> str:
+def _status(paper: Entry) -> str:
     return "planned" if paper.is_planned else f"{len(paper.claims)} claims"
 
 
-def _list(found: Sequence[Paper], total: int) -> None:
+def _list(found: Sequence[Entry], total: int) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("paper", "family", "year", "status", "title"):
         table.add_column(heading, overflow="fold", no_wrap=heading != "title")
@@ -66,7 +66,7 @@ def _list(found: Sequence[Paper], total: int) -> None:
     console.print(f"\n{len(found)} of {total} papers, {written} of them with claims to check.", highlight=False)
 
 
-def _show(paper: Paper) -> None:
+def _show(paper: Entry) -> None:
     lines = [f"# {paper.title}", ""]
     facts = [str(paper.date), f"family `{paper.family}`"]
     facts += [f"arXiv {paper.arxiv}"] if paper.arxiv else []
@@ -88,7 +88,7 @@ def _show(paper: Paper) -> None:
     Console().print(Markdown("\n".join(lines)))
 
 
-def _as_document(paper: Paper) -> dict[str, object]:
+def _as_document(paper: Entry) -> dict[str, object]:
     return {
         "paper": paper.slug,
         "title": paper.title,

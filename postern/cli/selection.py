@@ -25,9 +25,9 @@ def complete_paper(incomplete: str) -> list[str]:
 
 def complete_family(incomplete: str) -> list[str]:
     """Complete a family's name from the catalogue."""
-    from postern.papers import catalogue
+    from postern.papers import entries
 
-    return sorted({paper.family for paper in catalogue() if paper.family.startswith(incomplete)})
+    return sorted({paper.family for paper in entries() if paper.family.startswith(incomplete)})
 
 
 def select_claims(names: Sequence[str], family: str | None, everything: bool) -> tuple[Claim, ...]:
