@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from postern import __version__
 from postern.cli import check, data, doctor, papers, report, results
@@ -71,4 +72,4 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]postern:[/] {message}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]postern:[/] {escape(message)}", highlight=False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from postern.cli.selection import fail, print_json
+from postern.cli.selection import fail, print_json, wide_console
 
 app = typer.Typer(name="data", help="List the data sets, or fetch one from the Hub.", no_args_is_help=True)
 
@@ -45,7 +44,7 @@ def list_data_sets(as_json: Annotated[bool, typer.Option("--json", help="Print J
         table.add_column(heading, overflow="fold")
     for data_set, place in places.items():
         table.add_row(data_set.name, data_set.kind, ", ".join(data_set.splits), place.where)
-    Console().print(table)
+    wide_console().print(table)
 
 
 @app.command()

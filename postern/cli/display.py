@@ -15,6 +15,7 @@ from rich.table import Table
 
 from postern.claims import Verdict
 from postern.claims.outcome import Status
+from postern.cli.selection import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -195,7 +196,7 @@ def choose_display(as_json: bool) -> Display:
 
 def print_summary(outcomes: Sequence[Outcome]) -> None:
     """Print a table of verdicts."""
-    console = Console()
+    console = wide_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("verdict", no_wrap=True)
     table.add_column("claim", overflow="fold")

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from postern.cli.selection import print_json
+from postern.cli.selection import print_json, wide_console
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,19 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for
     if as_json:
         print_json([asdict(finding) for finding in found])
         return
+    console = wide_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("", "kind", "what", "state", "what to do"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("", "kind"))
+    for heading in ("", "kind", "what", "state"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "state")
     for finding in found:
         mark = "[green]✔[/]" if finding.is_there else "[yellow]–[/]"
-        table.add_row(mark, finding.topic, finding.name, finding.state, finding.remedy.replace("[", r"\["))
-    Console().print(table)
+        table.add_row(mark, finding.topic, finding.name, finding.state)
+    console.print(table)
+    missing = [finding for finding in found if not finding.is_there]
+    if missing:
+        console.print("\n[bold]What to do about what is missing[/]")
+    for finding in missing:
+        console.print(f"- {finding.name}: {escape(finding.remedy)}", highlight=False, soft_wrap=True)
 
 
 def _kernels() -> list[Finding]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from postern.cli.selection import complete_paper, print_json
+from postern.cli.selection import complete_paper, print_json, wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def papers(
     else:
         from postern.cli.selection import nearest
 
-        Console(stderr=True).print(f"No paper matches {query!r}; {nearest(query, [*similar_words(query), *by_slug])}")
+        typer.echo(f"No paper matches {query!r}; {nearest(query, [*similar_words(query), *by_slug])}", err=True)
         raise typer.Exit(1)
 
 
@@ -56,11 +56,11 @@ def _status(paper: Entry) -> str:
 def _list(found: Sequence[Entry], total: int) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("paper", "family", "year", "status", "title"):
-        table.add_column(heading, overflow="fold", no_wrap=heading != "title")
+        table.add_column(heading, overflow="ellipsis", no_wrap=True)
     for paper in found:
         status = f"[dim]{_status(paper)}[/]" if paper.is_planned else f"[green]{_status(paper)}[/]"
         table.add_row(f"[bold]{paper.slug}[/]", paper.family, str(paper.date.year), status, paper.title)
-    console = Console()
+    console = wide_console()
     console.print(table)
     written = sum(not paper.is_planned for paper in found)
     console.print(f"\n{len(found)} of {total} papers, {written} of them with claims to check.", highlight=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import typer
+from rich.console import Console
 
 import postern
 
@@ -104,6 +105,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def fail(message: str) -> NoReturn:
     """End the command as wrongly used (exit code 2)."""
     raise click.UsageError(message)
+
+
+def wide_console() -> Console:
+    """Return a console that breaks lines where the terminal does, and not at all in a pipe or a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=240)
 
 
 def print_json(document: Any) -> None:
