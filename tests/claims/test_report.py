@@ -265,6 +265,7 @@ def test_a_figures_colours_follow_the_theme_unless_they_are_its_data():
     for draw in (
         lambda axes: axes.imshow(np.eye(3)),
         lambda axes: axes.pcolormesh(np.eye(3)),
+        lambda axes: axes.scatter(range(50), range(50), c=range(50)),
         lambda axes: axes.contourf(np.random.default_rng(0).random((5, 5))),
     ):
         heat_map = figures.inline(drawn(draw), "a", "caption")

@@ -225,6 +225,7 @@ def test_what_scrolls_sideways_is_a_named_region(reader):
     assert boxes.count() >= 2
     for box in boxes.all():
         assert box.get_attribute("role") == "region"
+        assert box.get_attribute("tabindex") == "0"
         assert box.get_attribute("aria-label")
         box.focus()
         page.keyboard.press("End")

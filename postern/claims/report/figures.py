@@ -6,7 +6,8 @@ elements, attributes and style properties: what is not drawing (scripts, links, 
 out, every identifier is renumbered under the figure's prefix, and every colour becomes a custom property that the dark
 theme sets anew.
 
-Figures that show data as colours (images, heat maps, filled contours) keep theirs, and stay on white paper.
+Figures that show data as colours (images, heat maps, filled contours, or more colours than anybody picks by hand)
+keep theirs, and stay on white paper.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from markupsafe import Markup, escape
 SVG = "{http://www.w3.org/2000/svg}"
 XLINK = "{http://www.w3.org/1999/xlink}"
 PIXELS_A_POINT = 4 / 3
+MOST_INKS = 24
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,7 +83,8 @@ def inline(svg: str, prefix: str, labelled_by: str) -> InlineFigure:
         raise ValueError(f"expected an SVG document, got text that is no XML: {error}") from None
     if root.tag != f"{SVG}svg":
         raise ValueError(f"expected an SVG document, got one whose root is {root.tag!r}")
-    return _Rebuilder(root, prefix, labelled_by).rebuild()
+    has_few_inks = len(set(_COLOUR.findall(svg))) <= MOST_INKS
+    return _Rebuilder(root, prefix, labelled_by, has_few_inks).rebuild()
 
 
 def colour_property(colour: str) -> str:
@@ -90,13 +93,13 @@ def colour_property(colour: str) -> str:
 
 
 class _Rebuilder:
-    def __init__(self, root: ElementTree.Element, prefix: str, labelled_by: str) -> None:
+    def __init__(self, root: ElementTree.Element, prefix: str, labelled_by: str, has_few_inks: bool) -> None:
         self.root = root
         self.prefix = prefix
         self.labelled_by = labelled_by
         self.identifiers: dict[str, str] = {}
         self.colours: set[str] = set()
-        self.adapts = not any(
+        self.adapts = has_few_inks and not any(
             _local(node.tag) == "image" or node.get("id", "").startswith(_DATA_AS_COLOURS) for node in root.iter()
         )
 
