@@ -158,6 +158,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"The compiled kernels do not load ({error}): postern uses the slower path through torch."
-    if wanted and not loaded.postern_choose_instruction_set(INSTRUCTION_SETS.index(wanted)):  # type: ignore[arg-type]
+    if wanted and not loaded.postern_choose_instruction_set(INSTRUCTION_SETS.index(wanted)):
         raise ValueError(f"{_VARIABLE}={wanted}, but this processor has no such instructions")
     return loaded, ""

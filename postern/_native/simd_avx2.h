@@ -3,8 +3,8 @@
 struct Floats {
     using Scalar = float;
     static constexpr int width = 8;
-    static constexpr int accumulators = 2;
-    static constexpr int vectors_per_accumulator = 2;
+    static constexpr int accumulators = 1;
+    static constexpr int vectors_per_accumulator = 8;
     __m256 v;
 
     static Floats set(float value) { return {_mm256_set1_ps(value)}; }
@@ -25,8 +25,6 @@ struct Floats {
     void stream(float* p) const { _mm256_stream_ps(p, v); }
     void stream(BFloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), as_bfloat16()); }
     void stream(Float16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), as_float16()); }
-
-    static void finish_streaming() { _mm_sfence(); }
 
     float sum() const {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -87,7 +85,6 @@ struct Doubles {
     static Doubles load(const double* p) { return {_mm256_loadu_pd(p)}; }
     void store(double* p) const { _mm256_storeu_pd(p, v); }
     void stream(double* p) const { _mm256_stream_pd(p, v); }
-    static void finish_streaming() { _mm_sfence(); }
     double sum() const {
         const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
         return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));

@@ -3,9 +3,9 @@
 struct Floats {
     using Scalar = float;
     static constexpr int width = 16;
-    // 32 registers: four accumulators that take two vectors a block keep the pipes busy without spilling.
-    static constexpr int accumulators = 4;
-    static constexpr int vectors_per_accumulator = 2;
+    // 32 registers: two accumulators that take four vectors a block keep the pipes busy without spilling.
+    static constexpr int accumulators = 2;
+    static constexpr int vectors_per_accumulator = 4;
     __m512 v;
 
     static Floats set(float value) { return {_mm512_set1_ps(value)}; }
@@ -27,12 +27,17 @@ struct Floats {
     void stream(BFloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), as_bfloat16()); }
     void stream(Float16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), as_float16()); }
 
-    static void finish_streaming() { _mm_sfence(); }
+    // The first elements, the others being `filling`.
+    static Floats load(const float* p, std::size_t count, float filling) {
+        return {_mm512_mask_loadu_ps(_mm512_set1_ps(filling), first(count), p)};
+    }
+    void store(float* p, std::size_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
     float sum() const { return _mm512_reduce_add_ps(v); }
     float maximum() const { return _mm512_reduce_max_ps(v); }
 
 private:
+    static __mmask16 first(std::size_t count) { return static_cast<__mmask16>((1u << count) - 1); }
     __m256i as_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     __m256i as_bfloat16() const {
         const __m512i bits = _mm512_castps_si512(v);
@@ -64,7 +69,6 @@ struct Doubles {
     static Doubles load(const double* p) { return {_mm512_loadu_pd(p)}; }
     void store(double* p) const { _mm512_storeu_pd(p, v); }
     void stream(double* p) const { _mm512_stream_pd(p, v); }
-    static void finish_streaming() { _mm_sfence(); }
     double sum() const { return _mm512_reduce_add_pd(v); }
     double maximum() const { return _mm512_reduce_max_pd(v); }
 };

@@ -45,8 +45,8 @@ template <class Number, int lanes>
 struct Array {
     using Scalar = Number;
     static constexpr int width = lanes;
-    static constexpr int accumulators = 2;
-    static constexpr int vectors_per_accumulator = 1;
+    static constexpr int accumulators = 1;
+    static constexpr int vectors_per_accumulator = 4;
     Number v[lanes];
 
     static Array set(Number value) {
@@ -68,7 +68,6 @@ struct Array {
     void stream(T* p) const {
         store(p);
     }
-    static void finish_streaming() {}
     Number sum() const {
         Number result = v[0];
         for (int k = 1; k < lanes; ++k) result += v[k];

@@ -12,6 +12,10 @@
 #include "instruction_set.h"
 #include "threads.h"
 
+#ifdef POSTERN_X86
+#include <xmmintrin.h>
+#endif
+
 namespace postern {
 namespace {
 
@@ -30,6 +34,13 @@ constexpr std::size_t stretch = 16384;
 constexpr std::size_t least_stretches_to_share = 4;
 // Pairs are exact while |n| is below 2^21; the margin keeps what was raised to the lowest exponent without weight.
 constexpr double greatest_exponent = 2097152.0 - 2048.0;
+
+// Streaming stores reach memory in any order: a thread that has made some lets them arrive before it says it is done.
+void finish_streaming() {
+#ifdef POSTERN_X86
+    _mm_sfence();
+#endif
+}
 
 struct Matrix {
     const SoftmaxKernels& kernels;
@@ -60,6 +71,7 @@ struct Matrix {
         parallel_for(count, threads, [&](std::size_t reversed) {
             const std::size_t first = (count - 1 - reversed) * stretch;
             body(first, std::min(stretch, columns - first));
+            if (streams && threads > 1) finish_streaming();
         });
     }
     std::size_t num_stretches() const { return (columns + stretch - 1) / stretch; }
@@ -224,13 +236,14 @@ void for_rows(std::size_t rows, std::size_t columns, int threads, Body&& body) {
         columns >= least_stretches_to_share * stretch && rows < 4 * static_cast<std::size_t>(threads);
     if (shares_rows) {
         for (std::size_t row = 0; row < rows; ++row) body(row, threads);
-        return;
+        return finish_streaming();
     }
     const std::size_t rows_at_once = std::max<std::size_t>(1, stretch / columns);
     const std::size_t count = (rows + rows_at_once - 1) / rows_at_once;
     parallel_for(count, threads, [&](std::size_t index) {
         const std::size_t end = std::min(rows, (index + 1) * rows_at_once);
         for (std::size_t row = index * rows_at_once; row < end; ++row) body(row, 1);
+        finish_streaming();
     });
 }
 

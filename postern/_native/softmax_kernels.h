@@ -79,19 +79,37 @@ inline BFloat16 lowest_element<BFloat16>() { return {0xFF80}; }
 template <>
 inline Float16 lowest_element<Float16>() { return {0xFC00}; }
 
+// Vectors that have masked loads and stores come first (int), the others go through a buffer (long).
 template <class V, class T>
-inline V load_some(const T* x, std::size_t count, T filling) {
+inline auto load_some(const T* x, std::size_t count, T filling, int) -> decltype(V::load(x, count, filling)) {
+    return V::load(x, count, filling);
+}
+template <class V, class T>
+inline V load_some(const T* x, std::size_t count, T filling, long) {
     T buffer[V::width];
     for (int k = 0; k < V::width; ++k) buffer[k] = filling;
     std::memcpy(buffer, x, count * sizeof(T));
     return V::load(buffer);
 }
+// The first `count` elements, fewer than a vector has, and `filling` in the place of the others.
+template <class V, class T>
+inline V load_some(const T* x, std::size_t count, T filling) {
+    return load_some<V>(x, count, filling, 0);
+}
 
 template <class V, class T>
-inline void store_some(V value, T* y, std::size_t count) {
+inline auto store_some(V value, T* y, std::size_t count, int) -> decltype(value.store(y, count)) {
+    value.store(y, count);
+}
+template <class V, class T>
+inline void store_some(V value, T* y, std::size_t count, long) {
     T buffer[V::width];
     value.store(buffer);
     std::memcpy(y, buffer, count * sizeof(T));
+}
+template <class V, class T>
+inline void store_some(V value, T* y, std::size_t count) {
+    store_some(value, y, count, 0);
 }
 
 // Streaming stores go to addresses that are a multiple of the vector: how many elements come before the first.
@@ -114,7 +132,6 @@ inline void map(std::size_t size, T* y, bool streams, Function function, const I
         for (; i + V::width <= size; i += V::width) function(V::load(x + i)...).store(y + i);
     }
     if (i < size) store_some(function(load_some<V>(x + i, size - i, Inputs{})...), y + i, size - i);
-    if (streams) V::finish_streaming();
 }
 
 // Sum of function(x) or function(x, z) over a stretch, by independent accumulators. The function gives 0 for `filling`.
@@ -143,9 +160,10 @@ struct PairAccumulator {
     void add(const Exponential<V> (&pairs)[count]) {
         V greatest = exponent;
         for (int k = 0; k < count; ++k) greatest = maximum(greatest, pairs[k].exponent);
-        mantissa = scale(mantissa, exponent - greatest);
-        for (int k = 0; k < count; ++k)
-            mantissa = mantissa + scale(pairs[k].mantissa, pairs[k].exponent - greatest);
+        // The block's own sum comes first too: small numbers would be lost one by one in a large accumulator.
+        V sum = scale(pairs[0].mantissa, pairs[0].exponent - greatest);
+        for (int k = 1; k < count; ++k) sum = sum + scale(pairs[k].mantissa, pairs[k].exponent - greatest);
+        mantissa = scale(mantissa, exponent - greatest) + sum;
         exponent = greatest;
     }
 
@@ -256,11 +274,12 @@ double store_shifted(const void* input, void* output, std::size_t size, double m
         }
     }
     for (; i < size; i += V::width) {
-        const std::size_t count = smaller(size - i, V::width);
-        const Exponential<V> pair =
-            shifted_exponential(load_some<V>(x + i, count, lowest_element<T>()), greatest);
+        const bool is_whole = i + V::width <= size;
+        const V next = is_whole ? V::load(x + i) : load_some<V>(x + i, size - i, lowest_element<T>());
+        const Exponential<V> pair = shifted_exponential(next, greatest);
         const V value = scale_gradually(pair.mantissa, pair.exponent, V::set(1));
-        store_some(value, y + i, count);
+        if (is_whole) value.store(y + i);
+        else store_some(value, y + i, size - i);
         sums[0] = sums[0] + value;
     }
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
