@@ -1,6 +1,7 @@
 """The few small reference networks that the experiments share."""
 
 from postern.nets.convnet import ConvNet
+from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
 from postern.nets.mlp import MLP
 from postern.nets.normalize import Normalize
@@ -10,6 +11,7 @@ from postern.nets.token_transformer import TokenTransformer
 __all__ = [
     "MLP",
     "ConvNet",
+    "GridDetector",
     "Normalize",
     "ResNet",
     "TokenTransformer",
