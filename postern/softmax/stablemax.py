@@ -67,11 +67,12 @@ def log_stablemax(
 def _signed_log1p(z: Tensor) -> Tensor:
     """``g(z) = log s(z)``, in float32 at least.
 
-    Two clamped branches, because ``sign(z) * log1p(abs(z))`` has gradient 0 instead of 1 at z = 0 in autograd, where
-    the logits of a zero-initialised head all lie.
+    The sign is a constant to autograd: with ``sign(z) * log1p(abs(z))`` the gradient at z = 0 is 0 instead of 1, and
+    there lie all logits of a zero-initialised head.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return torch.where(z >= 0, torch.log1p(z.clamp_min(0)), -torch.log1p((-z).clamp_min(0)))
+    side = torch.ones_like(z).copysign(z.detach())
+    return side * torch.log1p(side * z)
 
 
 def _check(logits: Tensor, dim: int, dtype: torch.dtype | None) -> None:
