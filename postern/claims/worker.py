@@ -8,6 +8,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -85,7 +86,7 @@ def perform_apart(job: Job, folder: str) -> JobResult:
     Returns:
         The result, with the end of the output.
     """
-    _stand_alone()
+    _stand_alone(folder)
     with _redirected(Path(folder, "output")):
         report = _ProgressFile(Path(folder, "progress"))
         report("starting", 0, None)
@@ -111,8 +112,8 @@ def read_output(path: Path) -> str:
         return ""
 
 
-def _stand_alone() -> None:
-    """Lead a process group, and end it when the parent is gone: nobody would stop it or want its result."""
+def _stand_alone(folder: str) -> None:
+    """Lead a process group, and end it when the parent is gone, for nobody would stop it or clear up after it."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -121,6 +122,7 @@ def _stand_alone() -> None:
 
     def end_with_parent() -> None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
         if hasattr(os, "killpg"):
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
