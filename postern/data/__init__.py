@@ -1,21 +1,34 @@
-"""Data sets: embedded, local or from the Hub, by one function, `load`."""
+"""Data sets: embedded, local or from the Hub, by one function, `load`; and generators of synthetic ones."""
 
 from postern.data._catalogue import DataSet, catalogue
+from postern.data.algorithmic import AlgorithmicSplit, modular_arithmetic, sparse_parity
+from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
 from postern.data.kinds import Images, Table, Text
-from postern.data.loading import Location, fetch, load, locate, verify
+from postern.data.loading import ImageName, Location, TableName, TextName, fetch, load, locate, verify
+from postern.data.scenes import Scenes, digit_scenes
 
 __all__ = [
+    "AlgorithmicSplit",
     "DataSet",
     "DataUnavailable",
+    "Detections",
+    "ImageName",
     "Images",
     "InvalidData",
     "Location",
+    "Scenes",
     "Table",
+    "TableName",
     "Text",
+    "TextName",
     "catalogue",
+    "digit_scenes",
     "fetch",
     "load",
     "locate",
+    "modular_arithmetic",
+    "simulated_detections",
+    "sparse_parity",
     "verify",
 ]

@@ -53,6 +53,7 @@ class _Found:
     paths: tuple[Path, ...]
 
 
+# What `load` returns follows from the name where the name is one of these.
 ImageName = Literal[
     "digits",
     "ylecun/mnist",
