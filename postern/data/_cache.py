@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 _FORMAT = "1"  # changes when the same file decodes to something else
+_ABANDONED_AFTER_S = 3600.0  # a writer that takes longer was killed
 
 
 def cache_folder() -> Path:
@@ -51,7 +53,7 @@ def read_cached(path: Path) -> tuple[Tensor, Tensor] | None:
 
 
 def write_cached(path: Path, pixels: Tensor, labels: Tensor) -> None:
-    """Keep the images, and drop what was kept of earlier versions of the same files.
+    """Keep the images, and drop what was kept of earlier versions of the same files, or begun by a killed process.
 
     The file appears whole or not at all. A folder that cannot be written costs time at the next load, nothing else.
     """
@@ -62,9 +64,10 @@ def write_cached(path: Path, pixels: Tensor, labels: Tensor) -> None:
         os.close(handle)
         save_file({"pixels": pixels, "labels": labels}, temporary, metadata={"crc32": _checksum(pixels, labels)})
         os.replace(temporary, path)
-        for stale in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.safetensors"):
-            if stale != path:
-                stale.unlink(missing_ok=True)
+        for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*"):
+            is_abandoned = other.suffix == ".part" and time.time() - other.stat().st_mtime > _ABANDONED_AFTER_S
+            if is_abandoned or (other.suffix == ".safetensors" and other != path):
+                other.unlink(missing_ok=True)
     except (OSError, SafetensorError):
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)

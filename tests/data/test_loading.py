@@ -1,3 +1,4 @@
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,21 @@ def test_a_damaged_cache_is_replaced(root: Path, tmp_path: Path, write_mnist_tes
     assert torch.equal(again.labels, labels)
     assert cached(tmp_path) == [path]
     assert path.read_bytes() == whole
+
+
+def test_what_a_killed_process_began_is_dropped_and_what_a_living_one_writes_is_not(
+    root: Path, tmp_path: Path, write_mnist_test: Writer
+) -> None:
+    write_mnist_test(root / MNIST)
+    load(MNIST, "test")
+    (path,) = cached(tmp_path)
+    path.unlink()
+    abandoned, begun = path.with_name(f"{path.stem}aa.part"), path.with_name(f"{path.stem}bb.part")
+    for part in (abandoned, begun):
+        part.write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    load(MNIST, "test")
+    assert cached(tmp_path) == sorted([path, begun])
 
 
 def test_changing_what_was_loaded_does_not_change_the_cache(root: Path, write_mnist_test: Writer) -> None:
