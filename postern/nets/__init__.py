@@ -1,5 +1,6 @@
 """The few small reference networks that the experiments share."""
 
+from postern.nets.agarap import AgarapCNN, initialize_truncated
 from postern.nets.convnet import ConvNet
 from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
@@ -10,12 +11,14 @@ from postern.nets.token_transformer import TokenTransformer
 
 __all__ = [
     "MLP",
+    "AgarapCNN",
     "ConvNet",
     "GridDetector",
     "Normalize",
     "ResNet",
     "TokenTransformer",
     "evaluating",
+    "initialize_truncated",
     "resnet18",
     "resnet34",
 ]
