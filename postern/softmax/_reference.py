@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from postern.softmax.extended import EXACT_EXPONENT, ext_add, ext_exp, ext_logsumexp, ext_sum
+from postern.softmax.extended import EXACT_EXPONENT, ext_add, ext_exp, ext_sum, minus_logarithm
 
 
 def softmax(logits: Tensor, algorithm: str, is_log: bool, block: int) -> Tensor:
@@ -31,10 +31,7 @@ def _two_pass(x: Tensor, is_log: bool, block: int) -> Tensor:
         total = ext_add(total, ext_sum(*ext_exp(part), -1, keepdim=True))
     mantissa, exponent = total
     if is_log:
-        # The logarithm may need more digits than x has: what is left of it is subtracted in a second step.
-        logarithm = ext_logsumexp(x.double(), -1, keepdim=True)
-        first = logarithm.to(x.dtype)
-        result = (x - first) - (logarithm - first).to(x.dtype)
+        result = minus_logarithm(x, *ext_sum(*ext_exp(x.double()), -1, keepdim=True))
     else:
         m, n = ext_exp(x)
         result = (m / mantissa) * torch.exp2((n - exponent).clamp_min(-1100))

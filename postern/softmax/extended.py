@@ -30,8 +30,7 @@ _POLYNOMIALS = {
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")
 _LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 
-# Pairs are exact while |n| is at most this, that is for |x| <= 1.45e6. Beyond, n is still right to its last bits for a
-# while, but then x itself has no digits left to tell neighbours apart.
+# Pairs are exact while |n| is at most this, that is for |x| <= 1.45e6.
 EXACT_EXPONENT = 2**21 - 2048
 
 Pair = tuple[Tensor, Tensor]
@@ -58,7 +57,8 @@ def ext_exp(x: Float[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Float[
     x = x.detach()
     wide = x.double()
     n = torch.round(wide * math.log2(math.e))
-    t = ((wide - n * _LN2_HIGH) - n * _LN2_LOW).to(x.dtype)
+    # Between neighbouring numbers beyond 1e15 lie many multiples of log(2): there m says nothing, but stays in range.
+    t = ((wide - n * _LN2_HIGH) - n * _LN2_LOW).clamp(-0.35, 0.35).to(x.dtype)
     *others, last = (float.fromhex(coefficient) for coefficient in _POLYNOMIALS[x.dtype])
     m = torch.full_like(t, last)
     for coefficient in reversed(others):
@@ -130,6 +130,11 @@ def ext_logsumexp(x: Float[Tensor, "*shape"], dim: int = -1, keepdim: bool = Fal
     finite = torch.isfinite(exponent)
     logarithm = (torch.log(wide) + exponent * _LN2_LOW) + exponent * _LN2_HIGH
     return torch.where(finite | exponent.isnan(), logarithm, exponent).to(x.dtype)
+
+
+def minus_logarithm(x: Tensor, mantissa: Tensor, exponent: Tensor) -> Tensor:
+    """``x - log(mantissa * 2^exponent)``, the pair being float64, in the dtype of x and to all of its digits."""
+    return ((x.double() - exponent * _LN2_HIGH) - (torch.log(mantissa) + exponent * _LN2_LOW)).to(x.dtype)
 
 
 def _align(m: Tensor, n: Tensor, greatest: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _fastest(logits: Tensor, dim: int, *, is_log: bool) -> str | None:
     - Within the caches taking each exponential once matters most, so the reloading three-pass kernel wins. Beyond,
       the two-pass kernel does, from rows of about 4 kB on; with shorter ones its second pass finds the row in the
       first-level cache, where nothing is gained by saving sweeps.
-    - In 16-bit formats a kept exponential would be rounded twice; the two-pass kernel, which is left, wins on long rows.
+    - In 16-bit formats a kept exponential would be rounded twice; the two-pass kernel is left, and wins on long rows.
     - Over another dimension than the last, bringing it last would cost two more sweeps.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
