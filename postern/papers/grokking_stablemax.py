@@ -543,8 +543,7 @@ def _compare_losses(config: Losses, run: Run, arms: list[tuple[str, Loss, float]
     gpu=(),
     note=(
         "The bounds are p ln 2 and p ln 2 + ln 112, for p significant bits and 113 classes; where between them a row "
-        "collapses depends on the order of the sum. In float16 torch sums in float32, so that its loss is silent only "
-        "later than the definition says."
+        "collapses depends on the order of the sum."
     ),
 )
 def softmax_collapses_and_stablemax_does_not(config: Gaps, run: Run) -> Metrics:
@@ -655,11 +654,11 @@ def _alignments(config: Fit, run: Run, stop_at_fit: bool) -> tuple[nn.Module, li
         is_fitted = is_fitted or accuracy == 1
         if is_fitted and stop_at_fit:
             break
-        cosines = nlm_alignment(model)
-        (after if is_fitted else before).append(cosines["head.weight"])
+        *hidden, output = nlm_alignment(model).values()
+        (after if is_fitted else before).append(output)
         steps.append(step)
-        for name, cosine in cosines.items():
-            layers.setdefault(name.removesuffix(".weight").replace(".", "_"), []).append(cosine)
+        for name, cosine in [*((f"hidden_{k}", cosine) for k, cosine in enumerate(hidden, 1)), ("output", output)]:
+            layers.setdefault(name, []).append(cosine)
         run.log(step, train_accuracy=accuracy, **{name: values[-1] for name, values in layers.items()})
     if not is_fitted:
         raise RuntimeError(f"the training accuracy was not 100 % after {config.steps} steps: {accuracy:.2%}")
