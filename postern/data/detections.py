@@ -31,7 +31,7 @@ class Detections:
 
 def simulated_detections(
     count: int,
-    overlap: float,
+    overlap: tuple[float, float],
     rng: np.random.Generator,
     *,
     boxes_per_object: int = 20,
@@ -40,14 +40,14 @@ def simulated_detections(
 ) -> list[Detections]:
     """Draw images of four pairs of objects, in each of which one stands before the other.
 
-    The objects of a pair have one size and the intersection over union ``overlap``. Around each object lie boxes whose
-    sides are off by Gaussian errors of 0.02 to 0.2 of its size; their scores are their intersection over union with
-    it, times a quality of the object in [0.5, 1], plus Gaussian noise. False boxes lie anywhere, their scores drawn
-    from Beta(1, 6).
+    The objects of a pair have one size, and an intersection over union drawn uniformly from a range. Around each
+    object lie boxes whose sides are off by Gaussian errors of 0.02 to 0.2 of its size; their scores are their
+    intersection over union with it, times a quality of the object in [0.5, 1], plus Gaussian noise. False boxes lie
+    anywhere, their scores drawn from Beta(1, 6).
 
     Args:
         count: number of images.
-        overlap: intersection over union of the two objects of a pair, in [0, 1).
+        overlap: lowest and highest intersection over union of the two objects of a pair, in [0, 1).
         rng: draws everything.
         boxes_per_object: how often each object is found.
         false_boxes: boxes around nothing, in an image.
@@ -61,21 +61,22 @@ def simulated_detections(
             "images and boxes_per_object are at least 1, false_boxes at least 0, "
             f"got {count}, {boxes_per_object} and {false_boxes}"
         )
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap must lie in [0, 1), got {overlap}")
+    if not 0 <= overlap[0] <= overlap[1] < 1:
+        raise ValueError(f"overlap is a range within [0, 1), got {overlap}")
     if score_noise < 0:
         raise ValueError(f"score_noise must not be negative, got {score_noise}")
     return [_image(overlap, rng, boxes_per_object, false_boxes, score_noise) for _ in range(count)]
 
 
 def _image(
-    overlap: float, rng: np.random.Generator, boxes_per_object: int, false_boxes: int, score_noise: float
+    overlap: tuple[float, float], rng: np.random.Generator, boxes_per_object: int, false_boxes: int, score_noise: float
 ) -> Detections:
     tiles = np.stack(np.meshgrid([0, _TILE], [0, _TILE]), axis=-1).reshape(-1, 2) + _TILE / 5
     sizes = rng.uniform(*_SIZES, (len(tiles), 2))
     # Two boxes of width w, one moved along by d, have the overlap (w - d) / (w + d).
+    iou = rng.uniform(*overlap, (len(tiles), 1))
     axis = np.eye(2)[rng.integers(0, 2, len(tiles))]
-    moved = tiles + axis * sizes * (1 - overlap) / (1 + overlap)
+    moved = tiles + axis * sizes * (1 - iou) / (1 + iou)
     corners, sizes = np.concatenate([tiles, moved]), np.concatenate([sizes, sizes])
     objects = np.concatenate([corners, corners + sizes], axis=1)
 
