@@ -8,7 +8,7 @@ same batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -31,11 +31,10 @@ def train_cnn(
     images: Tensor,
     target: Tensor,
     *,
-    steps: int,
+    steps: Iterable[object],
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
-    on_step: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train a network and its head by Adam on batches drawn epoch by epoch; both are left in evaluation mode.
 
@@ -44,17 +43,16 @@ def train_cnn(
         head: gives the loss.
         images: [samples, channels, height, width].
         target: class indices [samples].
-        steps: number of updates.
+        steps: one item an update, such as a range, or one that shows progress.
         batch_size: samples an update.
         learning_rate: Adam's.
         generator: draws the batches.
-        on_step: called with (step, loss).
     """
     network.train()
     head.train()
     optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=learning_rate)
     order = torch.empty(0, dtype=torch.long)
-    for step in range(1, steps + 1):
+    for _ in steps:
         if len(order) < min(batch_size, len(images)):
             order = torch.randperm(len(images), generator=generator)
         rows, order = order[:batch_size], order[batch_size:]
@@ -62,8 +60,6 @@ def train_cnn(
         loss = head.loss(network(images[rows]), target[rows])
         torch.autograd.backward(loss)
         optimizer.step()
-        if on_step is not None:
-            on_step(step, loss.item())
     network.eval()
     head.eval()
 
@@ -160,7 +156,7 @@ class CNNSVMClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 self.head_,
                 images,
                 torch.from_numpy(indices).long(),
-                steps=self.steps,
+                steps=range(self.steps),
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 generator=torch.Generator().manual_seed(seed),
