@@ -4,6 +4,15 @@ from postern.nets.agarap import AgarapCNN, initialize_truncated
 from postern.nets.convnet import ConvNet
 from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
+from postern.nets.language_model import (
+    LanguageModel,
+    LanguageModelCache,
+    consecutive_windows,
+    language_model_loss,
+    next_token_loss,
+    random_windows,
+    train_language_model,
+)
 from postern.nets.mlp import MLP
 from postern.nets.normalize import Normalize
 from postern.nets.resnet import ResNet, resnet18, resnet34
@@ -14,11 +23,18 @@ __all__ = [
     "AgarapCNN",
     "ConvNet",
     "GridDetector",
+    "LanguageModel",
+    "LanguageModelCache",
     "Normalize",
     "ResNet",
     "TokenTransformer",
+    "consecutive_windows",
     "evaluating",
     "initialize_truncated",
+    "language_model_loss",
+    "next_token_loss",
+    "random_windows",
     "resnet18",
     "resnet34",
+    "train_language_model",
 ]
