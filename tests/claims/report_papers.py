@@ -72,8 +72,18 @@ def spread(run: Run, draws: np.ndarray) -> Metrics:
     run.table(
         "Spread",
         [
-            {"estimate": "mean", "variance": means.var(), "samples": len(draws), "is robust": False},
-            {"estimate": "median", "variance": medians.var(), "samples": len(draws), "is robust": True},
+            {
+                "of": "arithmetic mean",
+                "variance of the estimate": means.var(),
+                "number of samples": len(draws),
+                "is robust": False,
+            },
+            {
+                "of": "median",
+                "variance of the estimate": medians.var(),
+                "number of samples": len(draws),
+                "is robust": True,
+            },
         ],
     )
     return {

@@ -476,6 +476,12 @@ def test_plots_lie_inside_their_cards(reader):
         assert outside == []
 
 
+def test_words_in_tables_stay_whole_on_a_phone(reader):
+    page = reader("papers/robust-location.html", width=360)
+    cell = page.get_by_role("cell", name="arithmetic mean").first
+    assert cell.bounding_box()["height"] < 70
+
+
 def test_the_table_of_contents_leads_to_the_claims(reader):
     page = reader("papers/robust-location.html")
     page.get_by_role("navigation", name="On this page").get_by_role("link", name="Error falls").click()

@@ -22,6 +22,7 @@ _DRAWABLE = (1e-100, 1e100)  # magnitudes; what is larger is left out, what is s
 _EDGE = 0.16  # of the shown range, left free on both sides for labels
 _PLOT_HEIGHT = 200
 _RANGE_FACTOR = 8.0
+_RANGE_FACTOR_OF_NAMESAKES = 1000.0
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,10 @@ def curves_of(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[Curve]:
 def curve_charts(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[CurveChart]:
     """Draw the curves of a claim's seeds, those of like range together.
 
-    Curves share a chart while each of them still takes an eighth of its height; so losses of several methods are seen
-    against each other, and an accuracy is not flattened by a loss.
+    A curve joins a chart if it and the others each still take an eighth of its height; so losses of several methods
+    are seen against each other, and a learning rate is not flattened by a loss. Curves whose names begin with the same
+    word (``test_adam``, ``test_sgd``) are taken to be one quantity, of which one may well be flat, unless they are a
+    thousand times apart.
 
     Args:
         logs: what each seed logged.
@@ -247,7 +250,7 @@ def curve_charts(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[Curv
     groups: list[list[Curve]] = []
     for curve in curves_of(logs):
         for group in groups:
-            if len(group) < MAX_LINES and _read_together([*group, curve]):
+            if len(group) < MAX_LINES and _read_together(group, curve):
                 group.append(curve)
                 break
         else:
@@ -255,10 +258,15 @@ def curve_charts(logs: Mapping[int, Sequence[Mapping[str, float]]]) -> list[Curv
     return [_curve_chart(group) for group in groups]
 
 
-def _read_together(curves: Sequence[Curve]) -> bool:
-    extents = [max(curve.high) - min(curve.low) for curve in curves]
-    whole = max(max(curve.high) for curve in curves) - min(min(curve.low) for curve in curves)
-    return whole <= _RANGE_FACTOR * min(extents) or whole == 0
+def _read_together(group: Sequence[Curve], curve: Curve) -> bool:
+    words = {each.name.split("_")[0] for each in group}
+    factor = _RANGE_FACTOR_OF_NAMESAKES if curve.name.split("_")[0] in words else _RANGE_FACTOR
+    whole = _extent([*group, curve])
+    return all(whole <= factor * extent for extent in (_extent(group), _extent([curve])) if extent)
+
+
+def _extent(curves: Sequence[Curve]) -> float:
+    return max(max(curve.high) for curve in curves) - min(min(curve.low) for curve in curves)
 
 
 def _curve_chart(curves: Sequence[Curve]) -> CurveChart:
