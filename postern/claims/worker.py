@@ -24,7 +24,7 @@ from postern.claims.outcome import Job, JobResult, Status
 from postern.claims.paper import Claim
 from postern.errors import Unavailable
 
-OUTPUT_LIMIT = 4_000
+OUTPUT_LIMIT = 8_000
 _PROGRESS_PERIOD_S = 0.2
 
 
@@ -131,17 +131,21 @@ def _stand_alone(folder: str) -> None:
 
 
 class _ProgressFile:
-    """Leaves word of a job's progress in a file, at most a few times a second; a full disk does not stop the job."""
+    """Leaves word of a job's progress in a file, at most a few times a second; a full disk does not stop the job.
+
+    The beginning and the end of a loop are always told: the job may hang in between.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last = -_PROGRESS_PERIOD_S
+        self.label = ""
 
     def __call__(self, label: str, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if now - self.last < _PROGRESS_PERIOD_S and done != total:
+        if now - self.last < _PROGRESS_PERIOD_S and done != total and label == self.label:
             return
-        self.last = now
+        self.last, self.label = now, label
         fresh = self.path.with_suffix(".new")
         with contextlib.suppress(OSError):
             fresh.write_text(json.dumps({"pid": os.getpid(), "label": label, "done": done, "total": total}))
