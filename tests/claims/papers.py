@@ -1,6 +1,8 @@
 """A paper whose claims do everything that an experiment should not, for the tests of the engine."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -8,7 +10,7 @@ from datetime import date
 
 import torch
 
-from postern.claims import AtLeast, Difference, Metrics, Paper, Run
+from postern.claims import AtLeast, AtMost, Difference, Metrics, Paper, Run
 
 PAPER = Paper(
     slug="hostile",
@@ -45,11 +47,11 @@ def behaves(config: Setting, run: Run) -> Metrics:
     return {"value": torch.randn((), generator=run.generator()).item(), "threads": torch.get_num_threads()}
 
 
-@PAPER.claim("It is slow.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=3)
+@PAPER.claim("It is slow.", reported="-", holds_when=AtLeast("value", -1.0), scales=SCALES, seeds=3)
 def is_slow(config: Setting, run: Run) -> Metrics:
-    for _ in run.progress(range(20), "sleeping"):
+    for _ in run.progress(range(10), f"process {os.getpid()}"):
         time.sleep(0.1)
-    return {"value": float(run.seed)}
+    return {"value": 0.0}
 
 
 @PAPER.claim("It raises.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
@@ -59,8 +61,28 @@ def raises(config: Setting, run: Run) -> Metrics:
 
 @PAPER.claim("It hangs.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
 def hangs(config: Setting, run: Run) -> Metrics:
+    for _ in run.progress(range(1), f"process {os.getpid()}"):
+        while True:
+            time.sleep(1)
+
+
+@PAPER.claim(
+    "It hangs, deaf to being asked to end.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2
+)
+def hangs_deaf(config: Setting, run: Run) -> Metrics:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(os.getpid(), flush=True)
     while True:
         time.sleep(1)
+
+
+@PAPER.claim("It leaves a process behind.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
+def leaves_a_child(config: Setting, run: Run) -> Metrics:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    if run.seed == 1:
+        time.sleep(600)
+    return {"value": 1.0}
 
 
 @PAPER.claim("It exits.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
@@ -71,6 +93,20 @@ def exits(config: Setting, run: Run) -> Metrics:
 @PAPER.claim("It exits at once.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
 def exits_at_once(config: Setting, run: Run) -> Metrics:
     os._exit(3)
+
+
+@PAPER.claim(
+    "It exits at once as if all were well.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2
+)
+def exits_with_zero(config: Setting, run: Run) -> Metrics:
+    print("leaving", flush=True)
+    os._exit(0)
+
+
+@PAPER.claim("It crashes.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
+def crashes(config: Setting, run: Run) -> Metrics:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return {"value": 1.0}
 
 
 @PAPER.claim("It eats memory.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
@@ -87,6 +123,21 @@ def prints(config: Setting, run: Run) -> Metrics:
     os.write(1, b"from C\n")
     print("to standard error", file=sys.stderr)
     return {"value": 1.0}
+
+
+@PAPER.claim("It prints without end.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
+def prints_without_end(config: Setting, run: Run) -> Metrics:
+    while True:
+        os.write(1, b"and again " * 100_000)
+
+
+_SEEN: list[int] = []
+
+
+@PAPER.claim("It leaves its mark on the process.", reported="-", holds_when=AtMost("value", 1), scales=SCALES, seeds=2)
+def leaves_its_mark(config: Setting, run: Run) -> Metrics:
+    _SEEN.append(run.seed)
+    return {"value": len(_SEEN)}
 
 
 @PAPER.claim("It returns NaN.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
@@ -110,11 +161,9 @@ def lacks(config: Setting, run: Run) -> Metrics:
     return {"value": 1.0}
 
 
-@PAPER.claim(
-    "It runs alone.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2, exclusive=True
-)
+@PAPER.claim("It runs alone.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2, exclusive=True)
 def runs_alone(config: Setting, run: Run) -> Metrics:
-    return {"value": 1.0, "threads": run.threads}
+    return {"value": 1.0, "threads": run.threads, "torch threads": torch.get_num_threads()}
 
 
 @PAPER.claim(
