@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from postern.boxes import _kernel, soft_nms, soft_nms_reference
+from postern.boxes import Method, _kernel, soft_nms, soft_nms_reference
 
-METHODS = ("gaussian", "linear", "hard")
+METHODS: tuple[Method, ...] = ("gaussian", "linear", "hard")
 
 
 def detector_boxes(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -27,11 +27,11 @@ def detector_boxes(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([centre - half, centre + half], axis=1), rng.uniform(0, 1, n)
 
 
-def plain_loop(boxes: np.ndarray, scores: np.ndarray, method: str) -> list[int]:
+def plain_loop(boxes: np.ndarray, scores: np.ndarray, method: Method) -> list[int]:
     return soft_nms_reference(boxes.tolist(), scores.tolist(), method)[0]
 
 
-def numpy_loop(boxes: np.ndarray, scores: np.ndarray, method: str) -> list[int]:
+def numpy_loop(boxes: np.ndarray, scores: np.ndarray, method: Method) -> list[int]:
     """A loop over selections, with the overlaps of one selection as vectors."""
     remaining, area = scores.copy(), (boxes[:, 2:] - boxes[:, :2]).prod(1)
     index, keep = np.arange(len(scores)), []
@@ -50,16 +50,16 @@ def numpy_loop(boxes: np.ndarray, scores: np.ndarray, method: str) -> list[int]:
     return keep
 
 
-def through_torch(boxes: np.ndarray, scores: np.ndarray, method: str) -> list[int]:
+def through_torch(boxes: np.ndarray, scores: np.ndarray, method: Method) -> list[int]:
     available, _kernel.is_available = _kernel.is_available, lambda: False
     try:
-        return soft_nms(boxes, scores, method)[0].tolist()
+        return [int(k) for k in soft_nms(boxes, scores, method)[0]]
     finally:
         _kernel.is_available = available
 
 
-def compiled(boxes: np.ndarray, scores: np.ndarray, method: str) -> list[int]:
-    return soft_nms(boxes, scores, method)[0].tolist()
+def compiled(boxes: np.ndarray, scores: np.ndarray, method: Method) -> list[int]:
+    return [int(k) for k in soft_nms(boxes, scores, method)[0]]
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
