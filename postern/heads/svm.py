@@ -43,6 +43,7 @@ def one_vs_rest_hinge(
 
     Raises:
         ValueError: scores that are no matrix, targets that do not fit, or an unknown power or reduction.
+        RuntimeError: a class index below 0 or beyond the last class.
     """
     _check(power, margin, reduction)
     if scores.dim() != 2 or scores.numel() == 0:
@@ -164,16 +165,13 @@ def _signs(scores: Tensor, target: Tensor) -> Tensor:
     if target.is_floating_point() or target.is_complex():
         raise ValueError(f"targets must be class indices or 0 and 1, of an integer type, got {target.dtype}")
     if target.shape == scores.shape[:1]:
-        classes = torch.arange(scores.shape[1], device=scores.device)
-        is_class = target[:, None] == classes
-    elif target.shape == scores.shape:
-        is_class = target == 1
-    else:
+        return (-torch.ones_like(scores)).scatter(1, target[:, None].long(), 1.0)
+    if target.shape != scores.shape:
         raise ValueError(
             f"scores of shape {tuple(scores.shape)} need targets of shape {tuple(scores.shape[:1])} or "
             f"{tuple(scores.shape)}, got {tuple(target.shape)}"
         )
-    return is_class.to(scores.dtype) * 2 - 1
+    return (target == 1).to(scores.dtype) * 2 - 1
 
 
 def _check(power: int, margin: float, reduction: str, penalty: float = 1.0) -> None:

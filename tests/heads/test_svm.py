@@ -104,6 +104,11 @@ def test_optimum_is_that_of_scikit_learns_linear_svc():
     assert (svm_predict(head.logits(x)).numpy() == reference.predict(features)).all()
 
 
+def test_a_class_that_is_not_there_is_refused():
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        one_vs_rest_hinge(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
 @given(st.lists(st.lists(st.integers(-2, 2), min_size=3, max_size=3), min_size=1, max_size=6))
 def test_sign_rule_takes_the_first_positive_score(rows):
     scores = torch.tensor(rows, dtype=torch.float32)
