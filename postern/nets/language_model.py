@@ -131,6 +131,8 @@ class LanguageModel(nn.Module):
                 )
             self.layers.append(LanguageModelLayer(layer, width, feedforward_dim, activation, dropout))
         self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_tokens, bias=False)
+        self.head.weight = self.embedding.weight
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -186,7 +188,8 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: tokens that are not integers ``[batch, time]``, or more than the context has room for.
         """
-        return F.linear(self.features(tokens, mask, cache), self.embedding.weight)
+        logits: Tensor = self.head(self.features(tokens, mask, cache))
+        return logits
 
     def loss(self, tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "*mask"] | None = None) -> Float[Tensor, ""]:
         """Mean cross-entropy, in nats, of each token given those before it; at least two tokens.

@@ -100,9 +100,9 @@ def test_padding_on_the_right_changes_nothing():
 def test_starts_as_asked():
     model = LanguageModel(300, width=64, num_layers=2, initial_std=0.006, dropout=0.5)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
-    assert len(weights) == 2 + 2 * 6
+    assert len(weights) == 3 + 2 * 6
     assert all(0.0055 < weight.std() < 0.0065 for weight in weights)
-    assert all((module.bias == 0).all() for module in model.modules() if isinstance(module, nn.Linear))
+    assert all((value == 0).all() for name, value in model.named_parameters() if name.endswith("bias"))
     gated = LanguageModel(**SMALL, attention=ATTENTIONS["gated"])
     torch.testing.assert_close(gated.layers[0].attention.gate.bias, torch.full((2,), -math.log(3)))
     assert not torch.equal(model(torch.zeros(1, 4).long()), model(torch.zeros(1, 4).long()))
