@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -43,7 +42,7 @@ def select_claims(names: Sequence[str], family: str | None, everything: bool) ->
         The claims, in the catalogue's order; planned papers have none.
 
     Raises:
-        click.UsageError: nothing is selected, or a name is unknown; the nearest names are suggested.
+        typer.BadParameter: nothing is selected, or a name is unknown; the nearest names are suggested.
     """
     from postern.papers import catalogue
 
@@ -74,7 +73,7 @@ def find_paper(slug: str) -> Paper:
     """Return a paper by its slug.
 
     Raises:
-        click.UsageError: unknown; the nearest names are suggested.
+        typer.BadParameter: unknown; the nearest names are suggested.
     """
     from postern.papers import find
 
@@ -104,7 +103,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def fail(message: str) -> NoReturn:
     """End the command as wrongly used (exit code 2)."""
-    raise click.UsageError(message)
+    raise typer.BadParameter(message)
 
 
 def wide_console() -> Console:
