@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 Metrics = Mapping[str, float]
 CONFIDENCE = 0.95
@@ -95,7 +95,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
         mean, deviation = float(sample.mean()), float(sample.std(ddof=1))
     if not math.isfinite(mean) or not math.isfinite(deviation):
         raise ValueError(f"an interval needs values whose sum of squares is finite, got {list(values)}")
-    half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1)) * deviation / math.sqrt(len(sample))
+    half = float(stdtrit(len(sample) - 1, (1 + confidence) / 2)) * deviation / math.sqrt(len(sample))
     return mean, mean - half, mean + half
 
 
