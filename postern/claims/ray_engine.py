@@ -52,6 +52,7 @@ class RayEngine:
         self._ray = _connect(address or os.environ.get("RAY_ADDRESS"))
         if not self._nodes():
             raise Unavailable("the Ray cluster has no node with a core to give")
+        self._board = self._ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
 
     def _nodes(self) -> list[Mapping[str, float]]:
         """What each node has that can run a job."""
@@ -75,11 +76,11 @@ class RayEngine:
 
     def run(self, jobs: Sequence[Job], observe: Observer) -> Generator[JobResult, None, None]:
         """Run the jobs; see `Engine.run`."""
-        board = self._ray.remote(_Board).options(num_cpus=0, max_restarts=-1).remote()
+        list(self._news())  # what a run before this one has left
         for batch in one_by_one_last(jobs):
-            yield from self._run_batch(batch, board, observe)
+            yield from self._run_batch(batch, observe)
 
-    def _run_batch(self, jobs: Sequence[Job], board: Any, observe: Observer) -> Generator[JobResult, None, None]:
+    def _run_batch(self, jobs: Sequence[Job], observe: Observer) -> Generator[JobResult, None, None]:
         waiting = [_Attempt(job, 1) for job in jobs]
         flights: dict[Any, _Attempt] = {}
         try:
@@ -90,9 +91,11 @@ class RayEngine:
                     if obstacle:
                         yield JobResult(attempt.job, Status.ERROR, obstacle)
                     else:
-                        flights[self._submit(attempt.job, board)] = attempt
-                for progress in self._read(board):
-                    observe(progress)
+                        flights[self._submit(attempt.job)] = attempt
+                running = {attempt.job for attempt in flights.values()}
+                for progress in self._news():
+                    if progress.job in running:
+                        observe(progress)
                 if not flights:
                     continue
                 for reference in self._ray.wait(list(flights), timeout=_POLL_S)[0]:
@@ -120,19 +123,19 @@ class RayEngine:
             f"{job.memory_limit / 2**30:.1f} GiB of memory"
         )
 
-    def _submit(self, job: Job, board: Any) -> Any:
+    def _submit(self, job: Job) -> Any:
         task = self._ray.remote(_run_on_node).options(
             num_cpus=job.threads,
             num_gpus=0 if job.device == "cpu" else 1,
             memory=job.memory_limit,
             max_retries=0,  # `_land` sees to it: Ray would repeat a task that ran out of memory without end
         )
-        return task.remote(job, board)
+        return task.remote(job, self._board)
 
-    def _read(self, board: Any) -> Iterator[Progress]:
-        """News of the running jobs; none while the board moves from a node that died."""
+    def _news(self) -> Iterator[Progress]:
+        """News of jobs; none while the board starts, or moves from a node that died."""
         with contextlib.suppress(self._ray.exceptions.RayError):
-            yield from self._ray.get(board.take.remote(), timeout=_POLL_S)
+            yield from self._ray.get(self._board.take.remote(), timeout=_POLL_S)
 
     def _land(self, reference: Any, attempt: _Attempt) -> JobResult | None:
         """Return what became of a job, or None if it is to be run again."""
@@ -214,6 +217,8 @@ def _connect(address: str | None) -> Any:
         ray.init(address, include_dashboard=None if address else False, **_INIT)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise Unavailable(f"cannot use the Ray cluster at {address or 'this machine'}: {error}") from error
+    # Ray prints what its nodes complain of on our standard output, where only our own lines belong. It has no switch.
+    ray._private.worker._worker_logs_enabled = False
     return ray
 
 
