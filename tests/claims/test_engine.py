@@ -1,6 +1,5 @@
 """The local engine on real processes: what a job does to itself it does to itself alone."""
 
-import contextlib
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import pytest
 from postern.claims import engine as engine_module
 from postern.claims.engine import LocalEngine, Progress, available_cores, available_memory
 from postern.claims.outcome import Job, JobResult, Status
+from tests.claims.processes import process_of, wait_until_gone
 
 
 def job(claim: str, seed: int = 0, scale: str = "smoke", **means) -> Job:
@@ -23,26 +23,6 @@ def job(claim: str, seed: int = 0, scale: str = "smoke", **means) -> Job:
 
 def ignore(progress: Progress) -> None:
     """Watch nothing."""
-
-
-def process_of(progress: Progress) -> int:
-    """The number of a job's process, which the slow ones among the papers put into their label."""
-    found = re.fullmatch(r"process (\d+)", progress.label)
-    return int(found[1]) if found else 0
-
-
-def wait_until_gone(*numbers: int, seconds: float = 10.0) -> None:
-    """Wait for processes to end. A zombie has ended; who waits for it is not ours to say."""
-
-    def is_alive(number: int) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-        return False
-
-    deadline = time.monotonic() + seconds
-    while left := [number for number in numbers if is_alive(number)]:
-        assert time.monotonic() < deadline, f"processes {left} linger"
-        time.sleep(0.05)
 
 
 # All in one run, two at once, so that each could disturb the others.
@@ -131,8 +111,7 @@ class TestMisbehaviour:
         assert 'raise KeyError("no such thing")' in results["raises", 0].output
         assert results["exits-with-zero", 0].output == "leaving\n"
         assert "Segmentation fault" in results["crashes", 0].output
-        assert "def crashes" not in results["crashes", 0].output
-        assert results["prints-without-end", 0].output.endswith("and again ")
+        assert results["prints-without-end", 0].output.count("and again") > 500
         assert len(results["prints-without-end", 0].output) <= 8_000
 
     def test_nothing_that_a_job_started_outlives_it(self, results: dict[tuple[str, int], JobResult]) -> None:
@@ -163,10 +142,10 @@ def test_progress_is_told(own_scratch: Path) -> None:
     [result] = LocalEngine(1).run([job("is-slow")], news.append)
     assert result.status is Status.DONE
     assert all(progress.job == result.job for progress in news)
-    steps = [progress.done for progress in news if process_of(progress)]
+    steps = [progress.done for progress in news if process_of(progress.label)]
     assert steps == sorted(steps)
     assert len(set(steps)) >= 3
-    assert {progress.total for progress in news if process_of(progress)} == {10}
+    assert {progress.total for progress in news if process_of(progress.label)} == {10}
     assert list(own_scratch.iterdir()) == []
 
 
@@ -174,8 +153,8 @@ def test_kill_9_of_a_worker_costs_that_job_alone() -> None:
     killed: list[int] = []
 
     def kill_first(progress: Progress) -> None:
-        if progress.job.seed == 0 and process_of(progress) and not killed:
-            killed.append(process_of(progress))
+        if progress.job.seed == 0 and process_of(progress.label) and not killed:
+            killed.append(process_of(progress.label))
             os.kill(killed[0], signal.SIGKILL)
 
     results = {
@@ -190,7 +169,7 @@ def test_a_run_that_is_broken_off_leaves_nothing_behind(own_scratch: Path) -> No
     seen: set[int] = set()
 
     def watch(progress: Progress) -> None:
-        seen.add(process_of(progress))
+        seen.add(process_of(progress.label))
 
     running = LocalEngine(2).run([job("hangs"), job("is-slow"), job("hangs", 1)], watch)
     assert next(running).job.claim == "is-slow"
