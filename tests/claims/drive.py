@@ -55,8 +55,6 @@ def main() -> None:
     asked = parser.parse_args()
     seeds = {name: list(map(int, numbers.split(","))) for name, _, numbers in (c.partition(":") for c in asked.claims)}
     claims = [PAPER.claims[name] for name in seeds]
-    if asked.full_after == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     engine = LocalEngine(2)
     try:
         with Store(asked.folder) as store:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -14,8 +15,9 @@ import psutil
 import pytest
 
 from postern.claims import Verdict
-from postern.claims.driver import recall
-from postern.claims.outcome import Status
+from postern.claims.driver import plan, recall
+from postern.claims.engine import LocalEngine
+from postern.claims.outcome import JobResult, Status
 from postern.claims.store import Store, StoreError
 from tests.claims.papers import PAPER
 from tests.claims.processes import process_of, wait_until_gone
@@ -145,7 +147,7 @@ def test_ctrl_c_ends_at_once_and_keeps_what_is_finished(tmp_path: Path, drives: 
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path, drives: list[Drive]) -> None:
-    drive = Drive(tmp_path, "--full-after", "1", "behaves:0", "hangs:0", "is-slow:0,1")
+    drive = Drive(tmp_path, "--full-after", "1", "behaves:0", "hangs:0", "is-slow:0")
     drives.append(drive)
     drive.until({"event": "finished", "claim": "behaves", "seed": 0, "status": "done"})
     descendants = drive.descendants()
@@ -159,19 +161,22 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path, drives: lis
     assert done_rows(drive.folder) == [("behaves", 0, 1)]
     assert statuses(drive.folder)["is-slow", 0] is Status.NOT_RUN
 
-    resumed = Drive(tmp_path, "--resume", "behaves:0", "is-slow:0,1")
-    drives.append(resumed)
-    told = list(resumed.events())
-    assert resumed.ended() == (0, "")
-    assert told[0] == {"event": "began", "jobs": 2, "known": 1}
-    assert done_rows(drive.folder) == [("behaves", 0, 1), ("is-slow", 0, 1), ("is-slow", 1, 1)]
+    claims = [PAPER.claims["behaves"], PAPER.claims["is-slow"]]
+    with Store(drive.folder) as store:
+        rest = plan(claims, "smoke", LocalEngine(2), seeds={claim.key: [0] for claim in claims}, finished=store)
+        assert [job.claim for job in rest.jobs] == ["is-slow"]
+        store.add(JobResult(rest.jobs[0], Status.DONE))
+    assert done_rows(drive.folder) == [("behaves", 0, 1), ("is-slow", 0, 1)]
 
 
-def test_a_disk_that_was_full_before_is_told_and_leaves_nothing_half(tmp_path: Path, drives: list[Drive]) -> None:
-    drive = Drive(tmp_path, "--full-after", "0", "behaves:0")
-    drives.append(drive)
-    code, errors = drive.ended()
-    assert code == 3
-    assert errors.startswith(f"cannot use {drive.folder / Store.FILE} as a run's store: ")
-    assert "choose another --out" in errors
-    assert statuses(drive.folder) == {}
+def test_a_disk_that_was_full_before_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(
+            StoreError, match=rf"cannot use {tmp_path / Store.FILE} as a run's store: .*; choose another"
+        ):
+            Store(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert statuses(tmp_path) == {}
