@@ -110,6 +110,32 @@ def using(instruction_set: InstructionSet) -> Iterator[None]:
         loaded.postern_choose_instruction_set(before)
 
 
+def share_threads(shared: bool = True) -> bool:
+    """Run the kernels' loops on the threads of the OpenMP runtime that is loaded already, torch's, or on their own.
+
+    The kernels do so from the start where torch has been imported before them. Its threads are there and awake; a
+    second set would compete with them for the processors. Where other programs keep the processors busy, threads of
+    their own do better: an OpenMP team waits for its last thread even when there is nothing left for it to do.
+
+    Args:
+        shared: False for threads of their own.
+
+    Returns:
+        Whether the threads are shared now: not where there is no such runtime, or its entry point is not visible.
+    """
+    loaded, _ = _load()
+    return loaded is not None and _share_threads(loaded, shared)
+
+
+def _share_threads(loaded: ctypes.CDLL, shared: bool) -> bool:
+    entry = None
+    if shared and os.name == "posix":
+        # torch loads its OpenMP runtime with global visibility. GCC's and LLVM's runtimes both have this function.
+        entry = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    loaded.postern_share_threads(None if entry is None else ctypes.cast(entry, ctypes.c_void_p))
+    return entry is not None
+
+
 @functools.cache
 def cache_bytes(level: Literal["second", "last"]) -> int:
     """Size of the second-level cache of a core, or of the last cache before memory, as the system reports it.
@@ -160,4 +186,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"The compiled kernels do not load ({error}): postern uses the slower path through torch."
     if wanted and not loaded.postern_choose_instruction_set(INSTRUCTION_SETS.index(wanted)):
         raise ValueError(f"{_VARIABLE}={wanted}, but this processor has no such instructions")
+    loaded.postern_share_threads.argtypes = [ctypes.c_void_p]
+    loaded.postern_share_threads.restype = None
+    _share_threads(loaded, True)
     return loaded, ""

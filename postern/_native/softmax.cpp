@@ -151,7 +151,7 @@ void three_pass_recompute(const Matrix& matrix, const void* x, void* y, int thre
 void three_pass_reload(const Matrix& matrix, const void* x, void* y, int threads) {
     const double max = find_maximum(matrix, x, threads);
     const double sum = collect<double>(matrix, threads, add, [&](std::size_t first, std::size_t size) {
-        return matrix.kernels.store_shifted(matrix.at(x, first), matrix.at(y, first), size, max);
+        return matrix.kernels.store_shifted(matrix.at(x, first), matrix.at(y, first), size, max, matrix.streams);
     });
     matrix.for_stretches_backwards(threads, [&](std::size_t first, std::size_t size) {
         matrix.kernels.divide(matrix.at(y, first), size, sum);

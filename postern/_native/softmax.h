@@ -24,7 +24,7 @@ struct SoftmaxKernels {
     void (*write_pairs)(const void* x, void* y, std::size_t size, Total total, bool streams);
     double (*find_maximum)(const void* x, std::size_t size);
     double (*sum_shifted)(const void* x, std::size_t size, double max);
-    double (*store_shifted)(const void* x, void* y, std::size_t size, double max);
+    double (*store_shifted)(const void* x, void* y, std::size_t size, double max, bool streams);
     void (*write_shifted)(const void* x, void* y, std::size_t size, double max, double sum, bool streams);
     void (*divide)(void* y, std::size_t size, double sum);
     Shifted (*sum_online)(const void* x, std::size_t size);

@@ -257,30 +257,39 @@ double sum_shifted(const void* x, std::size_t size, double max) {
 }
 
 template <class V, class T>
-double store_shifted(const void* input, void* output, std::size_t size, double max) {
+double store_shifted(const void* input, void* output, std::size_t size, double max, bool streams) {
     const T* x = static_cast<const T*>(input);
     T* y = static_cast<T*>(output);
     const V greatest = V::set(static_cast<typename V::Scalar>(max));
+    const auto exponential = [&](V value) {
+        const Exponential<V> pair = shifted_exponential(value, greatest);
+        return scale_gradually(pair.mantissa, pair.exponent, V::set(1));
+    };
     constexpr int ways = 4;
     V sums[ways];
     for (int k = 0; k < ways; ++k) sums[k] = V::set(0);
-    std::size_t i = 0;
+    std::size_t i = streams ? smaller(size, elements_to_alignment<V>(y)) : 0;
+    if (i) {
+        sums[0] = exponential(load_some<V>(x, i, lowest_element<T>()));
+        store_some(sums[0], y, i);
+    }
     for (; i + ways * V::width <= size; i += ways * V::width) {
         for (int k = 0; k < ways; ++k) {
-            const Exponential<V> pair = shifted_exponential(V::load(x + i + k * V::width), greatest);
-            const V value = scale_gradually(pair.mantissa, pair.exponent, V::set(1));
-            value.store(y + i + k * V::width);
+            const V value = exponential(V::load(x + i + k * V::width));
+            if (streams) value.stream(y + i + k * V::width);
+            else value.store(y + i + k * V::width);
             sums[k] = sums[k] + value;
         }
     }
-    for (; i < size; i += V::width) {
-        const bool is_whole = i + V::width <= size;
-        const V next = is_whole ? V::load(x + i) : load_some<V>(x + i, size - i, lowest_element<T>());
-        const Exponential<V> pair = shifted_exponential(next, greatest);
-        const V value = scale_gradually(pair.mantissa, pair.exponent, V::set(1));
-        if (is_whole) value.store(y + i);
-        else store_some(value, y + i, size - i);
+    for (; i + V::width <= size; i += V::width) {
+        const V value = exponential(V::load(x + i));
+        value.store(y + i);
         sums[0] = sums[0] + value;
+    }
+    if (i < size) {
+        const V value = exponential(load_some<V>(x + i, size - i, lowest_element<T>()));
+        store_some(value, y + i, size - i);
+        sums[1] = sums[1] + value;
     }
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
 }

@@ -9,6 +9,8 @@
 #include <system_error>
 #include <thread>
 
+#include "export.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #define POSTERN_FORKS 1
@@ -56,6 +58,14 @@ struct Job {
     std::atomic<bool> has_failed{false};
     std::exception_ptr failure{};
 
+    // On a thread that is not ours to change.
+    void visit() noexcept {
+        const unsigned own_mode = floating_point_mode();
+        set_floating_point_mode(mode);
+        work();
+        set_floating_point_mode(own_mode);
+    }
+
     void work() noexcept {
         try {
             for (std::size_t index = next++; index < count; index = next++) function(context, index);
@@ -68,16 +78,12 @@ struct Job {
 
 class Pool {
 public:
-    // Whether it ran the job: false while another caller has the pool.
-    bool run(std::size_t count, int threads, void (*function)(void*, std::size_t), void* context) {
+    void run(Job& job, int threads) {
         std::unique_lock<std::mutex> turn(busy_, std::try_to_lock);
-        if (!turn.owns_lock()) return false;
-        Job job{function, context, count, floating_point_mode()};
+        if (!turn.owns_lock()) return job.work();
         publish(&job, threads - 1);
         job.work();
         withdraw();
-        if (job.has_failed) std::rethrow_exception(job.failure);
-        return true;
     }
 
 private:
@@ -121,8 +127,7 @@ private:
                 }
             }
             if (job == nullptr) continue;
-            set_floating_point_mode(job->mode);
-            job->work();
+            job->visit();
             working_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -155,14 +160,25 @@ private:
 // Never destroyed: detached workers may outlive every static object.
 std::atomic<Pool*> current_pool{nullptr};
 
-// A forked child has none of the threads and may have inherited locked mutexes, so it starts afresh.
-[[maybe_unused]] void forget_pool() { current_pool.store(nullptr); }
+// The entry point of an OpenMP runtime, which both GCC's and LLVM's have: calls function(data) on each thread of a team.
+using OpenMPParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+std::atomic<OpenMPParallel> openmp_parallel{nullptr};
 
-Pool& pool() {
+// A forked child has none of the threads and may have inherited locked mutexes: it starts with a pool of its own.
+[[maybe_unused]] void forget_threads() {
+    current_pool.store(nullptr);
+    openmp_parallel.store(nullptr);
+}
+
+void start_afresh_in_forks() {
 #ifdef POSTERN_FORKS
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
     (void)registered;
 #endif
+}
+
+Pool& pool() {
+    start_afresh_in_forks();
     Pool* existing = current_pool.load(std::memory_order_acquire);
     if (existing == nullptr) {
         auto fresh = std::make_unique<Pool>();
@@ -174,11 +190,24 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(std::size_t count, int threads, void (*function)(void*, std::size_t), void* context) {
-    if (count > 1 && threads > 1) {
-        const int useful = count < static_cast<std::size_t>(threads) ? static_cast<int>(count) : threads;
-        if (pool().run(count, useful, function, context)) return;
+    if (count <= 1 || threads <= 1) {
+        for (std::size_t index = 0; index < count; ++index) function(context, index);
+        return;
     }
-    for (std::size_t index = 0; index < count; ++index) function(context, index);
+    Job job{function, context, count, floating_point_mode()};
+    if (const OpenMPParallel parallel = openmp_parallel.load(std::memory_order_relaxed)) {
+        // The whole team even for fewer indices: a runtime may end the threads that a smaller team leaves out.
+        parallel([](void* data) { static_cast<Job*>(data)->visit(); }, &job, static_cast<unsigned>(threads), 0);
+    } else {
+        pool().run(job, count < static_cast<std::size_t>(threads) ? static_cast<int>(count) : threads);
+    }
+    if (job.has_failed) std::rethrow_exception(job.failure);
 }
 
 }  // namespace postern
+
+// From now on loops run on the threads of the OpenMP runtime whose GOMP_parallel this is, or on our own if it is null.
+POSTERN_EXPORT void postern_share_threads(void* parallel) {
+    postern::start_afresh_in_forks();
+    postern::openmp_parallel.store(reinterpret_cast<postern::OpenMPParallel>(parallel));
+}

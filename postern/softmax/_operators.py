@@ -27,9 +27,11 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 # last cache line are written in the ordinary way.
 STREAMING_BYTES = _native.cache_bytes("last") // 2
 STREAMING_ROW_BYTES = 4096
-# Fresh memory of this size is mapped page by page as it is written; huge pages make that hundreds of times fewer.
-# Below it the allocator may hand out memory that has been written before.
-_HUGE_PAGES_BYTES = 1 << 26
+# Fresh memory is mapped page by page as it is written, which takes longer than a softmax; huge pages are hundreds of
+# times fewer. Below this size the C library may hand out memory that has been written before.
+HUGE_PAGES_BYTES = 1 << 25
+
+_native.share_threads()  # torch's, which has been imported by now, whoever loaded the kernels
 
 _LIBRARY = torch.library.Library("postern", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -91,7 +93,7 @@ def _check(error: int) -> None:
 def _empty(like: Tensor) -> Tensor:
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     num_bytes = out.numel() * out.element_size()
-    if num_bytes >= _HUGE_PAGES_BYTES and out.device.type == "cpu":
+    if num_bytes >= HUGE_PAGES_BYTES and out.device.type == "cpu":
         _functions()[2](out.data_ptr(), num_bytes)
     return out
 
@@ -108,7 +110,7 @@ def _softmax(logits: Tensor, algorithm: str, is_log: bool, backend: str, block: 
 def _softmax_into(logits: Tensor, algorithm: str, is_log: bool, backend: str, block: int, out: Tensor) -> None:
     if out.numel() == 0:
         return
-    if backend == "native" and out.is_contiguous():
+    if backend != "torch" and out.is_contiguous():
         _run_kernel(logits, algorithm, is_log, out)
     else:
         out.copy_(_softmax(logits, algorithm, is_log, backend, block))
@@ -140,9 +142,12 @@ def _softmax_backward(grad: Tensor, output: Tensor, is_log: bool, backend: str) 
 
 
 def _pays_backward(output: Tensor) -> bool:
-    """Whether the kernel beats torch's: where torch leaves long rows to one thread, and out of cache."""
+    """Whether the kernel beats torch's: in fresh memory, and on long rows that torch leaves to one thread each."""
     rows, columns = _shape(output) if output.numel() else (0, 0)
-    return columns >= 1 << 16 and (rows < torch.get_num_threads() or _streams(output))
+    row_bytes = columns * output.element_size()
+    if rows * row_bytes >= HUGE_PAGES_BYTES:
+        return row_bytes >= STREAMING_ROW_BYTES
+    return columns >= 1 << 20 and rows < torch.get_num_threads()
 
 
 def _dense_like(x: Tensor, *others: Any) -> Tensor:

@@ -169,9 +169,9 @@ def _fastest(logits: Tensor, dim: int, *, is_log: bool) -> str | None:
     - torch's kernel is limited by arithmetic even out of cache, and leaves a row to one thread. It is at its worst
       below 16 columns, where it does not vectorise.
     - An operator of ours costs about 7 microseconds more than one of torch's, and threads that meet cost a few more.
-    - Within the caches taking each exponential once matters most, so the reloading three-pass kernel wins. Beyond,
-      the two-pass kernel does, from rows of about 4 kB on; with shorter ones its second pass finds the row in the
-      first-level cache, where nothing is gained by saving sweeps.
+    - While logits and result fill less than half of the last cache, which others use too, taking each exponential
+      once matters most, so the reloading three-pass kernel wins. Beyond, the two-pass kernel does, from rows of 4 kB
+      on; with shorter ones its second pass finds the row in the first-level cache, where saving sweeps gains nothing.
     - In 16-bit formats a kept exponential would be rounded twice; the two-pass kernel is left, and wins on long rows.
     - Over another dimension than the last, bringing it last would cost two more sweeps.
     """
@@ -187,6 +187,6 @@ def _fastest(logits: Tensor, dim: int, *, is_log: bool) -> str | None:
     if numel < (1 << 17 if columns > 16 else _SMALL):
         return None
     is_long = columns * element_bytes >= _operators.STREAMING_ROW_BYTES
-    if is_long and numel * element_bytes > _operators.STREAMING_BYTES:
+    if is_long and numel * element_bytes > _operators.STREAMING_BYTES // 2:
         return "two_pass"
     return "three_pass_reload"

@@ -116,24 +116,29 @@ def test_building_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> Non
 
 
 @needs_kernels
-def test_a_forked_process_can_use_threads() -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_forked_process_can_use_threads(shares: bool) -> None:
     # In a process of its own: a fork of the test runner would take its other threads' locks along.
     printed = run_python(
-        "import os, torch; from postern.softmax import two_pass_softmax\n"
-        "torch.set_num_threads(3); x = torch.randn(1, 300_000); y = two_pass_softmax(x, backend='native')\n"
-        "child = os.fork()\n"
+        "import os, torch; from postern import _native; from postern.softmax import two_pass_softmax\n"
+        f"_native.share_threads({shares})\n"
+        "torch.set_num_threads(3); x = torch.randn(1, 300_000)\n"
+        "def softmax(): return two_pass_softmax(x, backend='native').numpy().tobytes()\n"
+        "expected = softmax(); child = os.fork()\n"
         "if child == 0:\n"
-        "    same = all(torch.equal(two_pass_softmax(x, backend='native'), y) for _ in range(20))\n"
-        "    os._exit(0 if same else 3)\n"
-        "assert torch.equal(two_pass_softmax(x, backend='native'), y)\n"
+        "    os._exit(0 if all(softmax() == expected for _ in range(20)) else 3)\n"
+        "assert softmax() == expected\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
     )
     assert printed == "0"
 
 
 @needs_kernels
-def test_callers_in_many_threads() -> None:
+@pytest.mark.parametrize("shares", [True, False])
+def test_callers_in_many_threads(shares: bool) -> None:
     before = torch.get_num_threads()
+    _native.share_threads(shares)
     logits = [torch.randn(shape) for shape in ((1, 150_000), (300, 500), (2, 80_000), (7, 20_000))]
     expected = [two_pass_softmax(x, backend="native") for x in logits]
     failures = []
@@ -151,4 +156,19 @@ def test_callers_in_many_threads() -> None:
             caller.join()
     finally:
         torch.set_num_threads(before)
+        _native.share_threads()
     assert failures == []
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is visible on Linux alone")
+def test_threads_are_shared_with_torch() -> None:
+    # Two sets of threads would be counted: torch's one worker, and one of our own if they are not shared.
+    code = (
+        "import os, torch; from postern import _native; from postern.softmax import two_pass_softmax\n"
+        "torch.set_num_threads(2); _native.share_threads({shares})\n"
+        "x = torch.randn(64, 20_000); torch.softmax(x, -1); before = len(os.listdir('/proc/self/task'))\n"
+        "two_pass_softmax(x, backend='native'); print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    assert run_python(code.format(shares=True)) == "0"
+    assert run_python(code.format(shares=False)) == "1"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from postern import _native
 from postern.softmax import _operators, two_pass_log_softmax, two_pass_softmax
 
 from .kernels import ALGORITHMS, BACKENDS, backend, relative_error, uniform
@@ -139,22 +140,29 @@ def test_denormal_probabilities_are_kept(algorithm: str, name: str) -> None:
         assert (ALGORITHMS[algorithm](tiny, backend=chosen) == 1 / 64).all()
 
 
-@every_backend
+@pytest.mark.parametrize("name", _native.INSTRUCTION_SETS)
 @pytest.mark.parametrize("columns", [40_000, 70_000, 100])
 def test_denormals_are_flushed_when_torch_flushes_them(name: str, columns: int) -> None:
     logits = torch.full((3, columns), -95.0)
     logits[:, 0] = 0
     threads = torch.get_num_threads()
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
     try:
         torch.set_num_threads(2)
         with backend(name) as chosen:
-            result = two_pass_softmax(logits, backend=chosen)
-        assert result.view(torch.int32).count_nonzero() == 3
+            for shares in (True, False):
+                _native.share_threads(shares)
+                # A thread that starts while denormals are flushed goes on flushing them, torch's threads too.
+                two_pass_softmax(logits, backend=chosen)
+                if not torch.set_flush_denormal(True):
+                    pytest.skip("this processor cannot flush denormals")
+                assert two_pass_softmax(logits, backend=chosen).view(torch.int32).count_nonzero() == 3
+                # The next caller's wish counts for it, on all threads.
+                torch.set_flush_denormal(False)
+                assert two_pass_softmax(logits, backend=chosen).view(torch.int32).count_nonzero() == 3 * columns
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
+        _native.share_threads()
 
 
 @every_way
@@ -222,11 +230,13 @@ def test_the_result_does_not_depend_on_the_threads(algorithm: str, name: str, sh
     results = []
     try:
         with backend(name) as chosen:
-            for threads in (1, 2, 5):
+            for threads, shares in ((1, True), (2, True), (2, False), (5, True), (5, False)):
                 torch.set_num_threads(threads)
+                _native.share_threads(shares)
                 results.append(ALGORITHMS[algorithm](logits, backend=chosen))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+        _native.share_threads()
+    for result in results[1:]:
+        assert torch.equal(results[0], result)
     torch.testing.assert_close(results[0], torch.softmax(logits.double(), -1).float(), rtol=6e-6, atol=0)
