@@ -81,20 +81,28 @@ PAPER = Paper(
     ),
     example="""import torch
 
-from postern.attention import PerHeadGatedAttention, SelfAttention
+from postern.attention import PerHeadGatedAttention
 from postern.nets import LanguageModel
 from postern.quantize import OutlierStatistics, simulate_quantization
+from postern.softmax import clipped_softmax
 
+# Exact zeros at a finite range of logits.
+logits = torch.tensor([5.0, 1.0, 0.0, -1.0])
+print("softmax", torch.softmax(logits, -1))
+print("clipped", clipped_softmax(logits, gamma=-0.03))
+
+# One huge activation costs all others their resolution in 8 bits.
 torch.manual_seed(0)
-text = torch.randint(0, 50, (4, 32))
-for attention in (SelfAttention, PerHeadGatedAttention):
-    model = LanguageModel(50, 32, 2, context=32, attention=lambda _: attention(32, 4, is_causal=True)).eval()
-    with OutlierStatistics(model) as outliers, torch.no_grad():
+text = torch.randint(0, 50, (8, 32))
+model = LanguageModel(50, 32, 2, context=32, attention=lambda _: PerHeadGatedAttention(32, 4, is_causal=True)).eval()
+for outlier in (0.0, 100.0):
+    with torch.no_grad(), OutlierStatistics(model) as outliers:
+        model.layers[0].contract.bias[3] = outlier
         exact = model(text)
-        rounded = simulate_quantization(model, [text], weight_bits=8, activation_bits=8)(text)
+        error = simulate_quantization(model, [text])(text) - exact
     print(
-        f"{attention.__name__}: largest activation {outliers.max_infinity_norm:.2f}, "
-        f"kurtosis {outliers.mean_kurtosis:.1f}, error in 8 bits {(rounded - exact).abs().mean():.4f}"
+        f"largest activation {outliers.max_infinity_norm:.1f}, kurtosis {outliers.mean_kurtosis:.0f}: "
+        f"8 bits cost {error.norm() / (exact - exact.mean((0, 1))).norm():.0%} of what logits vary by"
     )
 """,
 )
