@@ -1,6 +1,6 @@
 """A driver in a process of its own, for the tests that do to it what a machine can do to a driver.
 
-Usage: python -m tests.claims.drive FOLDER [--resume] [--full-after RESULTS] CLAIM:SEED,SEED..
+Usage: python -m tests.claims.drive FOLDER [--full-after RESULTS] CLAIM:SEED,SEED..
 """
 
 import argparse
@@ -49,7 +49,6 @@ class Teller:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--full-after", type=int)
     parser.add_argument("claims", nargs="+")
     asked = parser.parse_args()
@@ -58,13 +57,7 @@ def main() -> None:
     engine = LocalEngine(2)
     try:
         with Store(asked.folder) as store:
-            planned = plan(
-                claims,
-                "smoke",
-                engine,
-                seeds={claim.key: seeds[claim.name] for claim in claims},
-                finished=store if asked.resume else None,
-            )
+            planned = plan(claims, "smoke", engine, seeds={claim.key: seeds[claim.name] for claim in claims})
             execute(planned, engine, store, Teller(asked.folder, asked.full_after))
     except StoreError as error:
         print(error, file=sys.stderr)

@@ -50,7 +50,7 @@ def behaves(config: Setting, run: Run) -> Metrics:
 @PAPER.claim("It is slow.", reported="-", holds_when=AtLeast("value", -1.0), scales=SCALES, seeds=3)
 def is_slow(config: Setting, run: Run) -> Metrics:
     for _ in run.progress(range(10), f"process {os.getpid()}"):
-        time.sleep(0.1 + 2 * config.amount)
+        time.sleep(0.1 + config.amount)
     return {"value": 0.0}
 
 

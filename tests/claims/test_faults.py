@@ -15,12 +15,13 @@ import psutil
 import pytest
 
 from postern.claims import Verdict
-from postern.claims.driver import plan, recall
+from postern.claims.driver import execute, plan, recall
 from postern.claims.engine import LocalEngine
 from postern.claims.outcome import JobResult, Status
 from postern.claims.store import Store, StoreError
 from tests.claims.papers import PAPER
 from tests.claims.processes import process_of, wait_until_gone
+from tests.claims.test_driver import Witness
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +92,7 @@ def statuses(folder: Path) -> dict[tuple[str, int], Status]:
 
 
 def test_kill_9_of_the_driver_loses_the_jobs_in_flight_and_no_others(tmp_path: Path, drives: list[Drive]) -> None:
+    engine = LocalEngine(2)
     drive = Drive(tmp_path, "hangs:0", "is-slow:0,1,2")
     drives.append(drive)
     told = drive.until(
@@ -119,13 +121,12 @@ def test_kill_9_of_the_driver_loses_the_jobs_in_flight_and_no_others(tmp_path: P
     assert (outcome.verdict, list(outcome.metrics)) == (Verdict.NOT_RUN, [0])
     assert "--resume" in outcome.message
 
-    resumed = Drive(tmp_path, "--resume", "is-slow:0,1,2")
-    drives.append(resumed)
-    told = list(resumed.events())
-    assert resumed.ended() == (0, "")
-    assert told[0] == {"event": "began", "jobs": 2, "known": 1}
-    assert told[-1] == {"event": "concluded", "claim": "is-slow", "verdict": "smoke"}
-    assert {event["seed"] for event in told if event["event"] == "running"} == {1, 2}
+    witness = Witness()
+    with Store(drive.folder) as store:
+        rest = plan([PAPER.claims["is-slow"]], "smoke", engine, seeds={"hostile/is-slow": [0, 1, 2]}, finished=store)
+        [outcome] = execute(rest, engine, store, witness)
+    assert (outcome.verdict, list(outcome.metrics)) == (Verdict.SMOKE, [0, 1, 2])
+    assert {progress.job.seed for progress in witness.heard} == {1, 2}
     assert done_rows(drive.folder) == [("is-slow", 0, 1), ("is-slow", 1, 1), ("is-slow", 2, 1)]
 
 
