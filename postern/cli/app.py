@@ -16,6 +16,8 @@ EXIT_CODES = """Exit codes: 0, every claim was run (whatever its verdict); 1, a 
 not every claim holds; 2, the command line is wrong; 3, the run cannot be done as asked (store, data set, ledger);
 130, interrupted."""
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="postern",
     help="Papers as working parts: run their claims, compare their methods, import them.",
@@ -52,9 +54,12 @@ def main() -> None:
     """Run the program. Expected errors become one message and an exit code; others keep their traceback."""
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Typer ends on Ctrl-C by itself, with the code but without a word.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         _complain("interrupted; what was finished is stored: go on with the same command and --resume")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not _is_expected(error):
             raise
