@@ -1,6 +1,7 @@
 """What all tests share: one thread and no deadlines, so that they do not depend on the machine's load."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from hypothesis import settings
 
 settings.register_profile("postern", deadline=None)
 settings.load_profile("postern")
+
+
+# A shell's background jobs ignore Ctrl-C and hand that on; the tests that press it need it to work.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
