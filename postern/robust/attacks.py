@@ -109,7 +109,8 @@ def deepfool(
         w_k = grad z_k - grad z_y,   f_k = z_k - z_y,   l = argmin_{k != y} |f_k| / |w_k|
         r  <- r + |f_l| / |w_l|^2 w_l,   x^ = x + (1 + overshoot) r       until argmax z(x^) != y
 
-    Images that are misclassified from the start are returned as they are.
+    Images that are misclassified from the start are returned as they are. Pixels at 0 or 1 that a step would push
+    further are left out of it: the paper has no bounds, and a step that is clipped would stop short of the boundary.
 
     Args:
         model: returns logits of two classes or more.
@@ -134,7 +135,8 @@ def deepfool(
             active, logits, jacobian = active[is_right], logits[is_right], jacobian[is_right]
             if not len(active):
                 break
-            shift[active] += _projection(logits, jacobian, labels[active]).view(-1, *images.shape[1:])
+            step = _projection(logits, jacobian, labels[active], changed[active].flatten(1))
+            shift[active] += step.view(-1, *images.shape[1:])
             changed[active] = (images[active] + (1 + overshoot) * shift[active]).clamp(0, 1)
     return changed
 
@@ -150,11 +152,13 @@ def _logits_and_jacobian(model: nn.Module, images: Images) -> tuple[Tensor, Floa
     return logits.detach(), torch.stack(rows, dim=1)
 
 
-def _projection(logits: Tensor, jacobian: Tensor, labels: Tensor) -> Tensor:
-    """Shortest step, flat, to the boundary with the nearest other class under linear logits."""
+def _projection(logits: Tensor, jacobian: Tensor, labels: Tensor, pixels: Float[Tensor, "batch pixels"]) -> Tensor:
+    """Shortest step, flat, of the pixels that can move, to the boundary with the nearest other class; linear logits."""
     batch = torch.arange(len(labels), device=labels.device)
     margin = (logits - logits[batch, labels, None]).abs()
     normal = jacobian - jacobian[batch, labels].unsqueeze(1)
+    pixels = pixels.unsqueeze(1)
+    normal = normal * ~((pixels <= 0) & (normal < 0) | (pixels >= 1) & (normal > 0))
     norm = torch.linalg.vector_norm(normal, dim=2).clamp_min(torch.finfo(normal.dtype).tiny ** 0.5)
     distance = (margin / norm).scatter(1, labels[:, None], math.inf)
     nearest = distance.argmin(dim=1)

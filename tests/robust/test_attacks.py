@@ -94,6 +94,15 @@ def test_deepfool_on_a_linear_classifier_is_the_projection_on_the_nearest_bounda
     torch.testing.assert_close(logits[:, 0], logits[:, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_deepfool_crosses_the_boundary_also_where_pixels_are_at_their_bounds():
+    """Black pixels that the shortest way would darken: the others must carry it."""
+    network = linear([[1.0, 2.0, 1.0], [0.0, 0.0, 0.0]], [-0.5, 0.0])
+    images = torch.tensor([0.0, 0.0, 0.9]).view(1, 1, 1, 3)
+    changed = deepfool(network, images, torch.tensor([0]), num_steps=3, overshoot=0.02)
+    torch.testing.assert_close(changed.flatten(), torch.tensor([0.0, 0.0, 0.9 - 1.02 * 0.4]))
+    assert network(changed).argmax(dim=1).item() == 1
+
+
 def test_carlini_wagner_comes_near_the_shortest_way_and_deepfool_never_beats_it(problem):
     network, images, labels = problem
     changed = carlini_wagner_l2(network, images, labels, num_steps=200, num_searches=8)
