@@ -89,7 +89,7 @@ PAPER = Paper(
         "Local intrinsic dimensionality looks for neighbours among training inputs, not, as the official code does, "
         "among the clean images that the adversarial ones were made from.",
         "Carlini and Wagner's attack searches for its weight; the official code fixes it.",
-        "Steps are chosen by AUROC, by which the claims are judged; for foreign images the official code takes the TNR.",
+        "Steps are chosen by AUROC, as the claims are judged; for foreign images the official code takes the TNR.",
         "Average precision is the sum over steps; the official code takes the trapezoid rule.",
         "At the small scale digits of 14 x 14 pixels and a network of four convolutions stand in for CIFAR-10 and "
         "ResNet-34.",
