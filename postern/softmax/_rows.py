@@ -12,6 +12,7 @@ from postern.errors import Unavailable
 from postern.softmax import _operators
 
 Backend = Literal["auto", "torch", "native"]
+BACKENDS = get_args(Backend)
 
 
 def check(logits: Tensor, dim: int, backend: str, block: int, out: Tensor | None) -> None:
@@ -20,17 +21,18 @@ def check(logits: Tensor, dim: int, backend: str, block: int, out: Tensor | None
         raise ValueError(f"logits are float32, float64, bfloat16 or float16; got {logits.dtype}")
     if not -max(logits.dim(), 1) <= dim < max(logits.dim(), 1):
         raise ValueError(f"logits of shape {tuple(logits.shape)} have no dimension {dim}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is one of {', '.join(get_args(Backend))}; got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "native" and logits.device.type != "cpu":
         raise ValueError(f"the native kernels need logits on the CPU, got {logits.device}; use backend='auto'")
     if block < 1:
         raise ValueError(f"block is at least 1 element, got {block}")
     if out is None:
         return
-    for name in ("shape", "dtype", "device"):
-        if getattr(out, name) != getattr(logits, name):
-            raise ValueError(f"out has the logits' {name}, {getattr(logits, name)}; got {getattr(out, name)}")
+    if out.shape != logits.shape:
+        raise ValueError(f"out has the logits' shape, {tuple(logits.shape)}; got {tuple(out.shape)}")
+    if out.dtype != logits.dtype or out.device != logits.device:
+        raise ValueError(f"out is {logits.dtype} on {logits.device}, as the logits; got {out.dtype} on {out.device}")
     if torch.is_grad_enabled() and (logits.requires_grad or out.requires_grad):
         raise ValueError("out= cannot be differentiated through: use it under torch.no_grad(), or leave it out")
 
@@ -53,9 +55,10 @@ def run(logits: Tensor, dim: int, algorithm: str, is_log: bool, backend: str, bl
     if logits.dim() == 0:
         row = run(logits.unsqueeze(0), 0, algorithm, is_log, backend, block, None if out is None else out.unsqueeze(0))
         return row.squeeze(0) if out is None else out
-    rows = logits.movedim(dim, -1)
-    if out is None:
-        result: Tensor = _operators.softmax(rows, algorithm, is_log, backend, block)
-        return result.movedim(-1, dim).contiguous()
-    _operators.softmax_into(rows, algorithm, is_log, backend, block, out.movedim(dim, -1))
-    return out
+    is_last = dim == -1 or dim == logits.dim() - 1
+    rows = logits if is_last else logits.movedim(dim, -1)
+    if out is not None:
+        _operators.softmax_into(rows, algorithm, is_log, backend, block, out if is_last else out.movedim(dim, -1))
+        return out
+    result: Tensor = _operators.softmax(rows, algorithm, is_log, backend, block)
+    return result if is_last else result.movedim(-1, dim).contiguous()

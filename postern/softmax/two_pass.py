@@ -23,8 +23,10 @@ from postern.softmax import _operators, _rows
 
 TrafficVariant = Literal["two_pass", "three_pass_recompute", "three_pass_reload", "online"]
 
-# Below this many elements torch.softmax is called at once.
-_SMALL = 1 << 13
+# Below so many elements torch.softmax is called at once, and below many more if it vectorises.
+_FEW = 1 << 13
+_MANY = 1 << 16
+_NARROW = 16  # columns
 
 
 def two_pass_softmax(
@@ -61,16 +63,23 @@ def two_pass_softmax(
 
     Source: arXiv 2001.04438, algorithm 3.
     """
-    if backend == "auto" and logits.numel() < _SMALL and out is None:
-        try:
-            return torch.softmax(logits, dim)
-        except (IndexError, RuntimeError):
-            _rows.check(logits, dim, backend, block, out)
-            raise
+    if backend == "auto":
+        algorithm = None if logits.numel() < _FEW else _fastest(logits, dim, False)
+        if algorithm is None:
+            try:
+                if out is None:
+                    return torch.softmax(logits, dim)
+                if out.shape == logits.shape and not (logits.requires_grad or out.requires_grad):
+                    return torch.softmax(logits, dim, out=out)
+            except (IndexError, RuntimeError):
+                # Only now, since torch takes little more than a microsecond for a small tensor.
+                _rows.check(logits, dim, backend, block, out)
+                raise
+    else:
+        algorithm = "two_pass"
     _rows.check(logits, dim, backend, block, out)
-    algorithm = _fastest(logits, dim, is_log=False) if backend == "auto" else "two_pass"
     if algorithm is None:
-        return torch.softmax(logits, dim) if out is None else torch.softmax(logits, dim, out=out)
+        return torch.softmax(logits, dim, out=out)
     return _rows.run(logits, dim, algorithm, False, backend, block, out)
 
 
@@ -101,7 +110,7 @@ def two_pass_log_softmax(
         Unavailable: the native backend was asked for and is not installed.
     """
     _rows.check(logits, dim, backend, block, out)
-    algorithm = _fastest(logits, dim, is_log=True) if backend == "auto" else "two_pass"
+    algorithm = _fastest(logits, dim, True) if backend == "auto" else "two_pass"
     if algorithm is None:
         return torch.log_softmax(logits, dim) if out is None else torch.log_softmax(logits, dim, out=out)
     return _rows.run(logits, dim, algorithm, True, backend, block, out)
@@ -120,8 +129,8 @@ class TwoPassSoftmax(nn.Module):
 
     def __init__(self, dim: int = -1, backend: _rows.Backend = "auto") -> None:
         super().__init__()
-        if backend not in get_args(_rows.Backend):
-            raise ValueError(f"backend is one of {', '.join(get_args(_rows.Backend))}; got {backend!r}")
+        if backend not in _rows.BACKENDS:
+            raise ValueError(f"backend is one of {', '.join(_rows.BACKENDS)}; got {backend!r}")
         self.dim = dim
         self.backend = backend
 
@@ -160,7 +169,12 @@ def softmax_traffic(n: int, variant: TrafficVariant, *, element_bytes: int = 4, 
     return (sweeps + (not streams)) * n * element_bytes
 
 
-def _fastest(logits: Tensor, dim: int, *, is_log: bool) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _num_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _fastest(logits: Tensor, dim: int, is_log: bool) -> str | None:
     """The algorithm that "auto" runs, or None for torch's own softmax.
 
     Measured on a Zen 4 server processor (two cores, 1 MB second-level cache each, 32 MB third-level cache) with
@@ -168,24 +182,33 @@ def _fastest(logits: Tensor, dim: int, *, is_log: bool) -> str | None:
 
     - torch's kernel is limited by arithmetic even out of cache, and leaves a row to one thread. It is at its worst
       below 16 columns, where it does not vectorise.
-    - An operator of ours costs about 7 microseconds more than one of torch's, and threads that meet cost a few more.
+    - An operator of ours costs about 7 microseconds more than one of torch's, threads that meet cost a few more, and
+      gradients through Python about 60: each thread of torch's must have more work than that.
     - While logits and result fill less than half of the last cache, which others use too, taking each exponential
       once matters most, so the reloading three-pass kernel wins. Beyond, the two-pass kernel does, from rows of 4 kB
       on; with shorter ones its second pass finds the row in the first-level cache, where saving sweeps gains nothing.
     - In 16-bit formats a kept exponential would be rounded twice; the two-pass kernel is left, and wins on long rows.
     - Over another dimension than the last, bringing it last would cost two more sweeps.
     """
+    numel = logits.numel()
+    if numel < _FEW:
+        return None
+    columns = logits.shape[-1]
+    least = _FEW if columns <= _NARROW and not is_log else _MANY
+    work = numel // min(_num_threads(), numel // columns)  # of one of torch's threads
+    if work < least:
+        return None
+    if not _rows.IS_FAST or logits.device.type != "cpu" or dim not in (-1, logits.dim() - 1):
+        return None
+    if logits.requires_grad and torch.is_grad_enabled() and work < 8 * least:
+        return None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return None  # torch.func cannot take gradients through operators that are registered from Python
-    if not _rows.IS_FAST or logits.device.type != "cpu" or logits.dim() == 0 or dim % logits.dim() != logits.dim() - 1:
-        return None
-    numel, columns, element_bytes = logits.numel(), logits.shape[-1], logits.element_size()
+    element_bytes = logits.element_size()
     if element_bytes == 2:
-        return "two_pass" if columns >= 4096 and numel >= 1 << 20 else None
+        return "two_pass" if columns >= 4096 and work >= 1 << 19 else None
     if is_log:
-        return "two_pass" if columns >= 512 and numel >= 1 << 17 else None
-    if numel < (1 << 17 if columns > 16 else _SMALL):
-        return None
+        return "two_pass" if columns >= 512 else None
     is_long = columns * element_bytes >= _operators.STREAMING_ROW_BYTES
     if is_long and numel * element_bytes > _operators.STREAMING_BYTES // 2:
         return "two_pass"
