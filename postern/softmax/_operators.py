@@ -90,7 +90,8 @@ def _check(error: int) -> None:
         raise MemoryError("softmax found no memory for its partial sums")
 
 
-def _empty(like: Tensor) -> Tensor:
+def empty(like: Tensor) -> Tensor:
+    """A dense tensor of the same shape, dtype and device, for a kernel to write."""
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     num_bytes = out.numel() * out.element_size()
     if num_bytes >= HUGE_PAGES_BYTES and out.device.type == "cpu":
@@ -101,7 +102,7 @@ def _empty(like: Tensor) -> Tensor:
 def _softmax(logits: Tensor, algorithm: str, is_log: bool, backend: str, block: int) -> Tensor:
     if backend == "torch":
         return _reference.softmax(logits, algorithm, is_log, block)
-    out = _empty(logits)
+    out = empty(logits)
     if out.numel():
         _run_kernel(logits, algorithm, is_log, out)
     return out
@@ -120,7 +121,7 @@ def _softmax_backward(grad: Tensor, output: Tensor, is_log: bool, backend: str) 
     if backend == "torch" or grad.dtype != output.dtype or (backend == "auto" and not _pays_backward(output)):
         product = torch._log_softmax_backward_data if is_log else torch._softmax_backward_data
         return product(grad, output, -1, output.dtype).contiguous()
-    out = _empty(output)
+    out = empty(output)
     if out.numel():
         grad, output = grad.contiguous(), output.contiguous()
         rows, columns = _shape(output)
