@@ -52,9 +52,8 @@ def test_selected_images_are_right_clean_and_noisy_and_wrong_after_the_attack():
             return torch.stack([-bright, bright], dim=1)
 
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(200, 1, 4, 4, generator=generator) * 0.2 + torch.tensor([0.2, 0.6]).repeat(100).view(
-        -1, 1, 1, 1
-    )
+    brightness = torch.tensor([0.2, 0.6]).repeat(100).view(-1, 1, 1, 1)
+    images = brightness + 0.2 * torch.rand(200, 1, 8, 8, generator=generator)
     labels = torch.tensor([0, 1]).repeat(100)
     labels[:10] = 1 - labels[:10]  # misclassified from the start
     attacked = images.clone()
