@@ -196,10 +196,10 @@ class Foreign:
     seeds=5,
     note=(
         "The ensemble's weights and step come from FGSM images of digits; ODIN's temperature and step from a thousand "
-        "images of the very kind that it is tested on. These are far from digits: see the claim on "
-        "held-out classes for what is near. Photographs and noise are brighter than digits, which any layer's features "
-        "show, while the softmax is surest of all about them; the shuffled images, of the normal set with their "
-        "quadrants exchanged, are the harder test."
+        "images of the very kind that it is tested on. These are far from digits: see the claim on held-out classes "
+        "for what is near. Photographs and noise are brighter than digits, which any layer's features show, while the "
+        "softmax is surest of all about them; the shuffled images, of the normal set with their quadrants exchanged, "
+        "are the harder test."
     ),
 )
 def finds_foreign_images(config: Foreign, run: Run) -> Metrics:
@@ -743,12 +743,10 @@ def _attacked(
 def _selected(study: Study, images: Tensor, labels: Tensor, attacked: Tensor, run: Run) -> tuple[Tensor, Tensor, float]:
     """Normal images (clean and noisy), abnormal ones, and the attack's success.
 
-    The noise is Gaussian, scaled image by image to the attack's l2 norm. Images are kept that are classified rightly
-    clean and noisy, and wrongly after the attack.
+    The noise is Gaussian, of the attack's l2 norm image by image. Images are kept that are classified rightly clean and
+    noisy, and wrongly after the attack.
     """
-    noise = torch.randn(images.shape, generator=run.generator(8))
-    sizes = [x.flatten(1).norm(dim=1) for x in (attacked - images, noise)]
-    noisy = (images + noise * (sizes[0] / sizes[1]).view(-1, 1, 1, 1)).clamp(0, 1)
+    noisy = _noisy(images, (attacked - images).flatten(1).norm(dim=1), run.generator(8))
     clean_right, noisy_right, attacked_right = (
         _predictions(study.network, x, study.device) == labels for x in (images, noisy, attacked)
     )
@@ -756,6 +754,15 @@ def _selected(study: Study, images: Tensor, labels: Tensor, attacked: Tensor, ru
     run.require(int(kept.sum()) >= 20, f"an attack gave {int(kept.sum())} adversarial images, too few to judge by")
     success = (clean_right & ~attacked_right).sum() / clean_right.sum()
     return torch.cat([images[kept], noisy[kept]]), attacked[kept], success.item()
+
+
+def _noisy(images: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """Images with Gaussian noise that changes them by given l2 norms, also after clipping to [0, 1]."""
+    noise = change = torch.randn(images.shape, generator=generator)
+    for _ in range(10):  # black pixels lose half of the noise, so it grows until what is left has the size
+        noise = noise * (sizes / change.flatten(1).norm(dim=1).clamp_min(1e-12)).view(-1, 1, 1, 1)
+        change = (images + noise).clamp(0, 1) - images
+    return images + change
 
 
 def _fgsm_validation(study: Study, setting: Classifier, run: Run) -> tuple[Tensor, Tensor]:
