@@ -1,19 +1,18 @@
 """Soft-NMS beside the plain Python loop of the paper and the NumPy loop that is usually copied.
 
-    python -m benchmarks.boxes [--sizes 100 500 2000] [--repeats 7]
+    python -m benchmarks.boxes [--sizes 100 500 2000] [--seconds S]
 
-Boxes come as a detector emits them: twenty around each object. Times are medians over the repeats, on one thread;
-the loops run once where they take more than half a second. All results are compared before anything is timed.
+Boxes come as a detector emits them: twenty around each object. All results are compared before anything is timed.
 """
 
+from __future__ import annotations
+
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from benchmarks._tables import Row, best_times, record
 from postern.boxes import Method, _kernel, soft_nms, soft_nms_reference
 
 METHODS: tuple[Method, ...] = ("gaussian", "linear", "hard")
@@ -62,34 +61,30 @@ def compiled(boxes: np.ndarray, scores: np.ndarray, method: Method) -> list[int]
     return [int(k) for k in soft_nms(boxes, scores, method)[0]]
 
 
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-        if times[-1] > 0.5:
-            break
-    return statistics.median(times) * 1e3
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 500, 2000, 5000])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 500, 2000])
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long to time each row of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ways = {"plain loop": plain_loop, "NumPy loop": numpy_loop, "postern, torch": through_torch}
     if _kernel.is_available():
         ways["postern, compiled"] = compiled
-    print(f"{'boxes':>6} {'method':9}" + "".join(f"{name + ' ms':>21}" for name in ways) + f"{'plain / postern':>17}")
+    rows: list[Row] = []
     for n in arguments.sizes:
         boxes, scores = detector_boxes(n)
         for method in METHODS:
             results = [way(boxes, scores, method) for way in ways.values()]
             assert all(result == results[0] for result in results), f"results differ: {n} boxes, {method}"
-            times = [median_ms(lambda: way(boxes, scores, method), arguments.repeats) for way in ways.values()]  # noqa: B023
-            print(f"{n:6} {method:9}" + "".join(f"{ms:21.2f}" for ms in times) + f"{times[0] / times[-1]:17.0f}")
+            calls = {name: f"ways[{name!r}](boxes, scores, method)" for name in ways}
+            names = {"ways": ways, "boxes": boxes, "scores": scores, "method": method}
+            times = best_times(calls, arguments.seconds, names, rounds=3)
+            row: Row = {"boxes": f"{n:,}", "method": method}
+            for name in ways:
+                if name != "plain loop":
+                    row[name] = times["plain loop"] / times[name]
+            rows.append(row)
+    record("boxes", "Soft-NMS against Python loops", {"Times as fast as the plain Python loop, one thread": rows})
 
 
 if __name__ == "__main__":

@@ -1,33 +1,30 @@
 """Softmax side by side with torch, in ratios: how many times as fast postern is, in one run, with equal threads.
 
-    python benchmarks/softmax.py [--threads N] [--seconds S]
+    python -m benchmarks.softmax [--threads N] [--seconds S]
 
-Each ratio is the best time of torch over the best time of postern. The two take turns, call by call, so that both see
-the same machine; inputs are uniform in +-10, memory that is written into has been written before. It prints a table,
-and writes it with the circumstances to ``benchmarks/results/softmax.md`` and ``softmax.json``.
+Each ratio is the best time of torch over the best time of postern. The two take turns, so that both see the same
+machine; inputs are uniform in +-10, memory that is written into has been written before.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import postern
+from benchmarks._tables import Row, best_times, record
 from postern import _native
 from postern.softmax import online_softmax, three_pass_softmax, two_pass_log_softmax, two_pass_softmax
 
-RESULTS = Path(__file__).parent / "results"
-Calls = Mapping[str, Callable[[], object]]
-Row = dict[str, str | float]
+# What the timed statements name.
+FUNCTIONS = {
+    "torch": torch,
+    "two_pass_softmax": two_pass_softmax,
+    "two_pass_log_softmax": two_pass_log_softmax,
+    "three_pass_softmax": three_pass_softmax,
+    "online_softmax": online_softmax,
+}
 
 SHAPES = (
     *((1, 1 << power) for power in (6, 10, 12, 14, 16, 17, 18, 20, 22, 23, 24, 26)),
@@ -39,27 +36,6 @@ SHAPES = (
     *((1, 32_000), (8, 32_000), (128, 32_000), (4096, 32_000)),
     *((32, 50_257), (8, 128_256), (128, 128_256)),
 )
-
-
-def best_times(calls: Calls, seconds: float) -> dict[str, float]:
-    """Best seconds of one call of each; they take turns for about ``seconds``, at least seven times."""
-    for call in calls.values():
-        call()
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    # Calls of microseconds are timed several at once.
-    at_once = max(1, int(2e-4 * len(calls) / (time.perf_counter() - start)))
-    best = dict.fromkeys(calls, float("inf"))
-    end, rounds = time.perf_counter() + seconds, 0
-    while rounds < 7 or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(at_once):
-                call()
-            best[name] = min(best[name], (time.perf_counter() - start) / at_once)
-        rounds += 1
-    return best
 
 
 def uniform(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,12 +50,13 @@ def shapes(seconds: float) -> list[Row]:
         out = torch.softmax(logits, -1)
         times = best_times(
             {
-                "torch": partial(torch.softmax, logits, -1, out=out),
-                "postern": partial(two_pass_softmax, logits, out=out),
-                "torch, new": partial(torch.softmax, logits, -1),
-                "postern, new": partial(two_pass_softmax, logits),
+                "torch": "torch.softmax(logits, -1, out=out)",
+                "postern": "two_pass_softmax(logits, out=out)",
+                "torch, new": "torch.softmax(logits, -1)",
+                "postern, new": "two_pass_softmax(logits)",
             },
             seconds,
+            FUNCTIONS | {"logits": logits, "out": out},
         )
         rows.append(
             {
@@ -101,36 +78,26 @@ def formats_and_passes(seconds: float) -> list[Row]:
             logits = uniform(shape, dtype)
             out = torch.softmax(logits, -1)
             times = best_times(
-                {
-                    "torch": partial(torch.softmax, logits, -1, out=out),
-                    "postern": partial(two_pass_softmax, logits, out=out),
-                },
+                {"torch": "torch.softmax(logits, -1, out=out)", "postern": "two_pass_softmax(logits, out=out)"},
                 seconds,
+                FUNCTIONS | {"logits": logits, "out": out},
             )
             row[str(dtype).removeprefix("torch.")] = times["torch"] / times["postern"]
         logits = uniform(shape)
         out = torch.softmax(logits, -1)
         times = best_times(
-            {
-                "torch": partial(torch.log_softmax, logits, -1, out=out),
-                "postern": partial(two_pass_log_softmax, logits, out=out),
-            },
+            {"torch": "torch.log_softmax(logits, -1, out=out)", "postern": "two_pass_log_softmax(logits, out=out)"},
             seconds,
+            FUNCTIONS | {"logits": logits, "out": out},
         )
         row["log-softmax"] = times["torch"] / times["postern"]
-        leaf, weights = logits.requires_grad_(), uniform(shape)
-
-        def forward_and_backward(
-            softmax: Callable[[Tensor, int], Tensor], x: Tensor = leaf, g: Tensor = weights
-        ) -> None:
-            torch.autograd.grad(softmax(x, -1), x, g)
-
         times = best_times(
             {
-                "torch": partial(forward_and_backward, torch.softmax),
-                "postern": partial(forward_and_backward, two_pass_softmax),
+                "torch": "torch.autograd.grad(torch.softmax(logits, -1), logits, weights)",
+                "postern": "torch.autograd.grad(two_pass_softmax(logits), logits, weights)",
             },
             seconds,
+            FUNCTIONS | {"logits": logits.requires_grad_(), "weights": uniform(shape)},
         )
         row["forward and backward"] = times["torch"] / times["postern"]
         rows.append(row)
@@ -155,14 +122,14 @@ def algorithms(seconds: float) -> list[Row]:
                 (4 * smallest, "memory"),
             ):
                 logits, out = uniform((size,)) * 100, torch.ones(size)
-                calls = {
-                    "two-pass": partial(two_pass_softmax, logits, out=out, backend="native"),
-                    "recomputing": partial(three_pass_softmax, logits, out=out, backend="native"),
-                    "reloading": partial(three_pass_softmax, logits, out=out, variant="reload", backend="native"),
-                    "online": partial(online_softmax, logits, out=out, backend="native"),
+                statements = {
+                    "two-pass": "two_pass_softmax(logits, out=out, backend='native')",
+                    "recomputing": "three_pass_softmax(logits, out=out, backend='native')",
+                    "reloading": "three_pass_softmax(logits, out=out, variant='reload', backend='native')",
+                    "online": "online_softmax(logits, out=out, backend='native')",
                 }
                 with _native.using(instruction_set):
-                    times = best_times(calls, 2 * seconds)
+                    times = best_times(statements, 2 * seconds, FUNCTIONS | {"logits": logits, "out": out})
                 row: Row = {"instructions": instruction_set, "elements": f"{size:,}", "row and result in": place}
                 for name in ("recomputing", "reloading", "online"):
                     row[f"against {name}"] = times[name] / times["two-pass"]
@@ -171,47 +138,6 @@ def algorithms(seconds: float) -> list[Row]:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
     return rows
-
-
-def circumstances() -> Row:
-    """What a reader needs to judge the numbers."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "instructions": str(_native.status().instruction_set),
-        "last-level cache, MiB": _native.cache_bytes("last") / 2**20,
-        "torch": torch.__version__,
-        "torch's instructions": torch.backends.cpu.get_cpu_capability(),
-        "postern": postern.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "commit": commit or "unknown",
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    known = dict(line.partition(":")[::2] for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in known.items()}
-    name = fields.get("model name", platform.machine())
-    family, model = fields.get("cpu family"), fields.get("model")
-    return f"{name} (family {family}, model {model})" if family and model else name
-
-
-def as_markdown(rows: list[Row]) -> str:
-    columns = list(rows[0])
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
-    widths = [max(len(line[k]) for line in [columns, *cells]) for k in range(len(columns))]
-    lines = [columns, ["-" * (width - 1) + ":" for width in widths], *cells]
-    return "\n".join(
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
 
 
 def main() -> None:
@@ -223,21 +149,18 @@ def main() -> None:
     status = _native.status()
     if not status.available:
         raise SystemExit(status.reason)
-    found = circumstances()
-    tables = {
-        "Softmax in float32, automatic choice: times as fast as torch.softmax": shapes(arguments.seconds),
-        "Other formats and passes: times as fast as torch, result given (gradients: new)": formats_and_passes(
-            arguments.seconds
-        ),
-        "The two-pass kernel on one thread: times as fast as other algorithms' kernels": algorithms(arguments.seconds),
-    }
-    text = "# Softmax against torch\n\n" + "\n".join(f"- {key}: {value}" for key, value in found.items()) + "\n"
-    for title, rows in tables.items():
-        text += f"\n## {title}\n\n{as_markdown(rows)}\n"
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "softmax.md").write_text(text)
-    (RESULTS / "softmax.json").write_text(json.dumps({"circumstances": found, "ratios": tables}, indent=1) + "\n")
+    seconds = arguments.seconds
+    record(
+        "softmax",
+        "Softmax against torch",
+        {
+            "Softmax in float32, automatic choice: times as fast as torch.softmax": shapes(seconds),
+            "Other formats and passes: times as fast as torch, result given (gradients: new)": formats_and_passes(
+                seconds
+            ),
+            "The two-pass kernel on one thread: times as fast as other algorithms' kernels": algorithms(seconds),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -15,6 +14,7 @@ from postern.boxes import IOU_THRESHOLDS, DetectionScores, Method, batched_soft_
 from postern.claims import AllOf, AtMost, Difference, Metrics, Paper, Run, Slope
 from postern.data import ImageName, Images, Scenes, digit_scenes, load, simulated_detections
 from postern.nets import GridDetector
+from postern.papers._timing import best_times
 
 PAPER = Paper(
     slug="soft-nms",
@@ -456,12 +456,7 @@ def _fastest(way: Suppression, n: int, repeats: int, rng: np.random.Generator) -
     halves = rng.uniform(20, 60, (n, 2))
     boxes, scores = np.concatenate([centres - halves, centres + halves], axis=1), rng.uniform(0, 1, n)
     image = np.zeros(n, dtype=np.int64)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        way.select(boxes, scores, image)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return best_times({"way": lambda: way.select(boxes, scores, image)}, repeats)["way"]
 
 
 # -- tables and figures -----------------------------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from typing import TypeVar
 
 import psutil
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from postern import _native
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
+from postern.papers._timing import best_times
 from postern.softmax import (
     online_softmax,
     softmax_traffic,
@@ -102,7 +101,6 @@ print("softmax:", [round(p, 4) for p in two_pass_softmax(logits).tolist()])
 )
 
 Softmax = Callable[..., Tensor]
-Name = TypeVar("Name", bound=str)
 # The rivals, all native kernels with the same exponential and the same unrolling.
 VARIANTS: Mapping[TrafficVariant, Softmax] = {
     "two_pass": partial(two_pass_softmax, backend="native"),
@@ -122,17 +120,6 @@ THREE_PASS: tuple[TrafficVariant, ...] = ("three_pass_recompute", "three_pass_re
 def uniform(generator: torch.Generator, *shape: int, scale: float) -> Tensor:
     """Uniform in +-scale, in memory that the timed code finds mapped."""
     return torch.empty(*shape).uniform_(-scale, scale, generator=generator)
-
-
-def best_times(calls: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, float]:
-    """Seconds of the best of several calls of each; the calls take turns, so that all see the same disturbances."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats + 1):  # the first round warms up and counts as well
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 @contextmanager

@@ -1,0 +1,144 @@
+"""What benchmarks share: statements that take turns, the circumstances, and the page with all tables.
+
+A benchmark calls `record`. It writes ``benchmarks/results/<name>.json`` and renders ``benchmarks/README.md`` anew from
+every file there, so that nobody edits numbers by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+import timeit
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import postern
+from postern import _native
+
+FOLDER = Path(__file__).parent
+Row = dict[str, str | float]
+
+HEADER = """# Benchmarks
+
+<!-- Written by the benchmarks. Do not edit. -->
+
+Side by side with peers, in one run, with equal threads. Unless a table says otherwise, a number is a ratio: how many
+times as fast as the peer, by the best time of each. `python -m benchmarks.NAME` runs one and renders this page anew.
+"""
+
+
+def best_times(
+    statements: Mapping[str, str], seconds: float, names: Mapping[str, object], rounds: int = 7
+) -> dict[str, float]:
+    """Best seconds of each statement, as a user writes it; they take turns for ``seconds``, at least ``rounds`` times.
+
+    Args:
+        statements: code by name.
+        seconds: how long to go on, in all.
+        names: what the statements name.
+        rounds: turns that each gets at least.
+    """
+    calls = {key: timeit.Timer(statement, globals=dict(names)) for key, statement in statements.items()}
+    for call in calls.values():
+        call.timeit(1)
+    # Statements of microseconds are timed several at once.
+    at_once = max(1, int(2e-4 * len(calls) / sum(call.timeit(1) for call in calls.values())))
+    best = dict.fromkeys(calls, float("inf"))
+    end, done = time.perf_counter() + seconds, 0
+    while done < rounds or time.perf_counter() < end:
+        for key, call in calls.items():
+            best[key] = min(best[key], call.timeit(at_once) / at_once)
+        done += 1
+    return best
+
+
+def circumstances() -> Row:
+    """What a reader needs to judge the numbers."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": str(_native.status().instruction_set),
+        "last-level cache, MiB": _native.cache_bytes("last") / 2**20,
+        "torch": torch.__version__,
+        "torch's instructions": torch.backends.cpu.get_cpu_capability(),
+        "postern": postern.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit that is measured; its own results do not count as a change."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=FOLDER, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    changes = git("status", "--porcelain", "--", "..", ":!results", ":!README.md", ":!../results", ":!../RESULTS.md")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" if changes else "")
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = dict(line.partition(":")[::2] for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in known.items()}
+    name = fields.get("model name", platform.machine())
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def record(name: str, title: str, tables: Mapping[str, Sequence[Row]]) -> None:
+    """Print the tables, keep them under ``results/``, and render the page.
+
+    Args:
+        name: the benchmark's module.
+        title: its heading on the page.
+        tables: rows by the table's title; all rows of a table have the same columns.
+    """
+    results = FOLDER / "results"
+    results.mkdir(exist_ok=True)
+    document = {"title": title, "circumstances": circumstances(), "tables": tables}
+    (results / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(section(name, document))
+    (FOLDER / "README.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The page, from what is under ``results/``."""
+    files = sorted((FOLDER / "results").glob("*.json"))
+    return HEADER + "".join("\n" + section(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files)
+
+
+def section(name: str, document: Mapping[str, object]) -> str:
+    """One benchmark's part of the page."""
+    found, tables = document["circumstances"], document["tables"]
+    assert isinstance(found, Mapping)
+    assert isinstance(tables, Mapping)
+    text = f"## {document['title']}\n\n`python -m benchmarks.{name}` on "
+    text += ", ".join(f"{key} {value}" for key, value in found.items()) + ".\n"
+    for title, rows in tables.items():
+        text += f"\n### {title}\n\n{as_markdown(rows)}\n"
+    return text
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    columns = list(rows[0])
+    cells = [[number(cell) if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    widths = [max(len(line[k]) for line in [columns, *cells]) for k in range(len(columns))]
+    lines = [columns, ["-" * (width - 1) + ":" for width in widths], *cells]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
