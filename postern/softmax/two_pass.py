@@ -28,6 +28,9 @@ _FEW = 1 << 13
 _MANY = 1 << 16
 _NARROW = 16  # columns
 
+# What torch.softmax calls; a microsecond is too short for looking things up. It keeps the dtype, under autocast too.
+_torch_softmax = torch._softmax
+
 
 def two_pass_softmax(
     logits: Float[Tensor, "*shape"],
@@ -68,18 +71,17 @@ def two_pass_softmax(
         if algorithm is None:
             try:
                 if out is None:
-                    return torch.softmax(logits, dim)
-                if out.shape == logits.shape and not (logits.requires_grad or out.requires_grad):
-                    return torch.softmax(logits, dim, out=out)
+                    return _torch_softmax(logits, dim, False)
+                if out.shape == logits.shape:
+                    return _torch_softmax(logits, dim, False, out=out)
             except (IndexError, RuntimeError):
-                # Only now, since torch takes little more than a microsecond for a small tensor.
+                # Only now, since torch takes less than a microsecond for a small tensor.
                 _rows.check(logits, dim, backend, block, out)
                 raise
     else:
         algorithm = "two_pass"
     _rows.check(logits, dim, backend, block, out)
-    if algorithm is None:
-        return torch.softmax(logits, dim, out=out)
+    assert algorithm is not None, "only an out that the check refuses is left to torch and not taken"
     return _rows.run(logits, dim, algorithm, False, backend, block, out)
 
 
