@@ -118,7 +118,7 @@ TUNED_NOTE = (
         Difference("softmax", "svm", at_least=-TIE, at_most=TIE),
     ),
     scales={"smoke": SMOKE, "small": DIGITS, "full": DIGITS},
-    seeds=5,
+    seeds=15,  # five left the tie of the heads open
     gpu=(),
     note=TUNED_NOTE,
 )
@@ -134,7 +134,7 @@ def sign_rule_costs_accuracy_on_digits(config: Comparison, run: Run) -> Metrics:
         Difference("softmax", "svm", at_least=-TIE, at_most=TIE),
     ),
     scales={"smoke": SMOKE, "small": MNIST, "full": FULL},
-    seeds=3,
+    seeds=8,  # three left it open
     note=TUNED_NOTE,
 )
 def sign_rule_costs_accuracy_on_mnist(config: Comparison, run: Run) -> Metrics:
