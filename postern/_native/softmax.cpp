@@ -25,6 +25,7 @@ enum class Algorithm : int {
     three_pass_recompute = 1,
     three_pass_reload = 2,
     online = 3,
+    blocked = 4,
 };
 
 // A row is cut into stretches of this many elements, whatever the number of threads, and their sums are added in
@@ -34,6 +35,21 @@ constexpr std::size_t stretch = 16384;
 constexpr std::size_t least_stretches_to_share = 4;
 // Pairs are exact while |n| is below 2^21; the margin keeps what was raised to the lowest exponent without weight.
 constexpr double greatest_exponent = 2097152.0 - 2048.0;
+
+// A row of so many bytes and its exponentials fit into the second-level cache.
+constexpr std::size_t waiting_bytes = std::size_t{1} << 18;
+
+// A block's elements are still in the first-level cache when its maximum is known.
+constexpr std::size_t block = 2048;
+
+// This thread's memory for the exponentials of a row.
+void* waiting_room() {
+    struct alignas(64) Line {
+        unsigned char bytes[64];
+    };
+    thread_local std::vector<Line> room(waiting_bytes / sizeof(Line));
+    return room.data();
+}
 
 // Streaming stores reach memory in any order: a thread that has made some lets them arrive before it says it is done.
 void finish_streaming() {
@@ -154,8 +170,39 @@ void three_pass_reload(const Matrix& matrix, const void* x, void* y, int threads
         return matrix.kernels.store_shifted(matrix.at(x, first), matrix.at(y, first), size, max, matrix.streams);
     });
     matrix.for_stretches_backwards(threads, [&](std::size_t first, std::size_t size) {
-        matrix.kernels.divide(matrix.at(y, first), size, sum);
+        matrix.kernels.divide(matrix.at(y, first), matrix.at(y, first), size, sum, false);
     });
+}
+
+// Rows for `blocked`: of 16-bit elements the kept exponentials would be rounded, and longer rows are shared by threads.
+bool can_wait(const Matrix& matrix) {
+    return !matrix.is_log && matrix.element_size >= sizeof(float) &&
+           matrix.columns * matrix.element_size <= waiting_bytes &&
+           matrix.columns < least_stretches_to_share * stretch;
+}
+
+// One sweep over the row, each exponential once: a block subtracts the greatest element so far, and is scaled to the
+// greatest of all when the sum is known. Where the result bypasses the caches, the exponentials wait inside them.
+void blocked(const Matrix& matrix, const void* x, void* y) {
+    if (matrix.columns <= block && !matrix.streams) return three_pass_reload(matrix, x, y, 1);
+    void* const kept = matrix.streams ? waiting_room() : y;
+    double maxima[waiting_bytes / sizeof(float) / block + 1];
+    const std::size_t count = (matrix.columns + block - 1) / block;
+    double sum = 0;
+    double max = -std::numeric_limits<float>::max();  // no infinity is subtracted from another
+    for (std::size_t index = 0; index < count; ++index) {
+        const std::size_t first = index * block, size = std::min(block, matrix.columns - first);
+        const double before = max;
+        max = std::max(matrix.kernels.find_maximum(matrix.at(x, first), size), max);
+        maxima[index] = max;
+        sum = sum * std::exp(before - max) +
+              matrix.kernels.store_shifted(matrix.at(x, first), matrix.at(kept, first), size, max, false);
+    }
+    for (std::size_t index = count; index-- > 0;) {
+        const std::size_t first = index * block, size = std::min(block, matrix.columns - first);
+        matrix.kernels.divide(matrix.at(kept, first), matrix.at(y, first), size, sum * std::exp(max - maxima[index]),
+                              matrix.streams);
+    }
 }
 
 void online(const Matrix& matrix, const void* x, void* y, int threads) {
@@ -193,6 +240,9 @@ void softmax_row(const Matrix& matrix, const void* x, void* y, int threads) {
         case Algorithm::two_pass: return two_pass(matrix, x, y, threads);
         case Algorithm::three_pass_reload:
             if (!matrix.is_log) return three_pass_reload(matrix, x, y, threads);
+            [[fallthrough]];
+        case Algorithm::blocked:
+            if (can_wait(matrix)) return blocked(matrix, x, y);
             [[fallthrough]];
         case Algorithm::three_pass_recompute: return three_pass_recompute(matrix, x, y, threads);
         case Algorithm::online: return online(matrix, x, y, threads);

@@ -26,7 +26,7 @@ struct SoftmaxKernels {
     double (*sum_shifted)(const void* x, std::size_t size, double max);
     double (*store_shifted)(const void* x, void* y, std::size_t size, double max, bool streams);
     void (*write_shifted)(const void* x, void* y, std::size_t size, double max, double sum, bool streams);
-    void (*divide)(void* y, std::size_t size, double sum);
+    void (*divide)(const void* x, void* y, std::size_t size, double sum, bool streams);
     Shifted (*sum_online)(const void* x, std::size_t size);
     void (*subtract)(const void* x, void* y, std::size_t size, double high, double low, bool streams);
     double (*dot)(const void* g, const void* y, std::size_t size);

@@ -256,6 +256,15 @@ double sum_shifted(const void* x, std::size_t size, double max) {
     return accumulate<V>(size, lowest_element<T>(), exponential, static_cast<const T*>(x)).sum();
 }
 
+// The row's next elements come from memory while these keep the processor busy.
+constexpr int elements_ahead = 4096;
+
+inline void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#endif
+}
+
 template <class V, class T>
 double store_shifted(const void* input, void* output, std::size_t size, double max, bool streams) {
     const T* x = static_cast<const T*>(input);
@@ -275,6 +284,7 @@ double store_shifted(const void* input, void* output, std::size_t size, double m
     }
     for (; i + ways * V::width <= size; i += ways * V::width) {
         for (int k = 0; k < ways; ++k) {
+            prefetch(x + i + k * V::width + elements_ahead);
             const V value = exponential(V::load(x + i + k * V::width));
             if (streams) value.stream(y + i + k * V::width);
             else value.store(y + i + k * V::width);
@@ -317,9 +327,9 @@ struct Multiply {
 };
 
 template <class V, class T>
-void divide(void* y, std::size_t size, double sum) {
+void divide(const void* x, void* y, std::size_t size, double sum, bool streams) {
     const Multiply<V> multiply{V::set(static_cast<typename V::Scalar>(1 / sum))};
-    map<V>(size, static_cast<T*>(y), false, multiply, static_cast<const T*>(y));
+    map<V>(size, static_cast<T*>(y), streams, multiply, static_cast<const T*>(x));
 }
 
 // How many vectors share a rescaling.

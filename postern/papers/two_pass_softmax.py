@@ -73,6 +73,9 @@ PAPER = Paper(
         "any number of them.",
         "Inside the caches the reloading three-pass kernel is faster, because it takes each exponential once. The "
         "automatic choice uses it there, and torch.softmax where starting a kernel costs more than it saves.",
+        "Many rows that each fit into the second-level cache are read from memory once by any algorithm. The automatic "
+        "choice takes them block by block, each exponential once, and keeps the exponentials in that cache until the "
+        "sum is known.",
         "Freshly allocated results of 32 MB and more are asked for in huge pages: mapping them page by page takes "
         "longer than computing them. Comparisons here write into memory that has been written before.",
     ),

@@ -19,17 +19,19 @@ from postern import _native
 from postern.softmax import _reference
 
 # The codes of the C interface.
-_ALGORITHMS = {"two_pass": 0, "three_pass_recompute": 1, "three_pass_reload": 2, "online": 3}
+_ALGORITHMS = {"two_pass": 0, "three_pass_recompute": 1, "three_pass_reload": 2, "online": 3, "blocked": 4}
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # Stores that bypass the caches save reading what is overwritten, and cost the reader of the result its cache hits.
 # They pay where the result would not stay in the last cache anyway, and where rows are long, since a row's first and
 # last cache line are written in the ordinary way.
 STREAMING_BYTES = _native.cache_bytes("last") // 2
-STREAMING_ROW_BYTES = 4096
+STREAMING_ROW_BYTES = 2048
 # Fresh memory is mapped page by page as it is written, which takes longer than a softmax; huge pages are hundreds of
 # times fewer. Below this size the C library may hand out memory that has been written before.
 HUGE_PAGES_BYTES = 1 << 25
+# The longest row that the blocked kernel takes: the second-level cache holds it and its exponentials.
+BLOCKED_ROW_BYTES = 1 << 18
 
 _native.share_threads()  # torch's, which has been imported by now, whoever loaded the kernels
 

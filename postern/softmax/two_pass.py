@@ -186,9 +186,11 @@ def _fastest(logits: Tensor, dim: int, is_log: bool) -> str | None:
       below 16 columns, where it does not vectorise.
     - An operator of ours costs about 7 microseconds more than one of torch's, threads that meet cost a few more, and
       gradients through Python about 60: each thread of torch's must have more work than that.
-    - While logits and result fill less than half of the last cache, which others use too, taking each exponential
-      once matters most, so the reloading three-pass kernel wins. Beyond, the two-pass kernel does, from rows of 4 kB
-      on; with shorter ones its second pass finds the row in the first-level cache, where saving sweeps gains nothing.
+    - Rows that fit into the second-level cache are read from memory once by any kernel. The blocked one takes each
+      exponential once as well, and writes past the caches what does not fit into them.
+    - With shorter rows, and with longer ones while logits and result fill less than half of the last cache, which
+      others use too, taking each exponential once matters most, so the reloading three-pass kernel wins. Beyond, rows
+      that leave the second-level cache need the fewest sweeps, which the two-pass kernel has.
     - In 16-bit formats a kept exponential would be rounded twice; the two-pass kernel is left, and wins on long rows.
     - Over another dimension than the last, bringing it last would cost two more sweeps.
     """
@@ -211,7 +213,9 @@ def _fastest(logits: Tensor, dim: int, is_log: bool) -> str | None:
         return "two_pass" if columns >= 4096 and work >= 1 << 19 else None
     if is_log:
         return "two_pass" if columns >= 512 else None
-    is_long = columns * element_bytes >= _operators.STREAMING_ROW_BYTES
-    if is_long and numel * element_bytes > _operators.STREAMING_BYTES // 2:
+    row_bytes = columns * element_bytes
+    if _operators.STREAMING_ROW_BYTES <= row_bytes <= _operators.BLOCKED_ROW_BYTES and columns < 1 << 16:
+        return "blocked"
+    if row_bytes > _operators.BLOCKED_ROW_BYTES and numel * element_bytes > _operators.STREAMING_BYTES // 2:
         return "two_pass"
     return "three_pass_reload"
