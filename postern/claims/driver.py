@@ -1,19 +1,21 @@
-"""The driver: plans jobs, lets an engine run them, stores what comes back, and judges."""
+"""The driver: plans jobs, lets an engine run them, stores what comes back, and judges or ranks."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from postern.claims.comparison import TIMING, Contest, Ranking, Setting, rank
 from postern.claims.engine import Engine, Progress
 from postern.claims.fingerprint import fingerprint
 from postern.claims.outcome import Job, JobResult, Outcome, Status, conclude
 from postern.claims.paper import TIME_LIMITS_S, Claim
 from postern.claims.store import Store
+from postern.claims.worker import fingerprint_of
 
 _BROKEN_OFF = "the run was broken off before this seed ended: go on with the same command and --resume"
 
@@ -23,12 +25,14 @@ class Plan:
     """Jobs to run, results that need no run, and the claims they belong to.
 
     Attributes:
-        claims: the claims, in order.
-        scale: the scale.
+        subject: what is run, for the reader.
+        claims: the claims, in order; none for a comparison.
+        scale: the scale; of a comparison, the identity of its setting.
         jobs: what an engine has to run.
         known: results that are there already: resumed ones, and jobs that this machine cannot run.
     """
 
+    subject: str
     claims: tuple[Claim, ...]
     scale: str
     jobs: tuple[Job, ...]
@@ -114,7 +118,58 @@ def plan(
                 known.append(JobResult(job, Status.NOT_RUN, obstacle))
             else:
                 jobs.append(job)
-    return Plan(tuple(claims), scale, tuple(jobs), tuple(known))
+    return Plan(f"{len(claims)} claims at the {scale} scale", tuple(claims), scale, tuple(jobs), tuple(known))
+
+
+def plan_comparison(
+    contest: Contest,
+    setting: Setting,
+    engine: Engine,
+    *,
+    seeds: Sequence[int],
+    finished: Store | None = None,
+    device: str = "cpu",
+    time_limit_s: float = TIME_LIMITS_S["full"],
+) -> Plan:
+    """Plan the jobs of a comparison: one a member and seed, and one a seed that times all members by turns.
+
+    Args:
+        contest: what is compared.
+        setting: under what.
+        engine: tells what a job may use.
+        seeds: the seeds, the same for all members.
+        finished: a store whose finished jobs need not run again, for resuming.
+        device: "cpu" or "cuda".
+        time_limit_s: seconds after which a job is stopped.
+    """
+    jobs: list[Job] = []
+    known: list[JobResult] = []
+    text = setting.to_text()
+    for name in (*setting.members, TIMING):
+        share = engine.share(name == TIMING)
+        for seed in seeds:
+            job = Job(
+                module=contest.module,
+                paper=f"compare-{contest.family}",
+                claim=name,
+                scale=setting.identity,
+                seed=seed,
+                fingerprint="",
+                device=device,
+                threads=share.threads,
+                time_limit_s=time_limit_s,
+                memory_limit=share.memory,
+                exclusive=name == TIMING,
+                setting=text,
+            )
+            job = replace(job, fingerprint=fingerprint_of(job))
+            done = finished.find_done(job) if finished is not None else None
+            if done is not None:
+                known.append(done)
+            else:
+                jobs.append(job)
+    subject = f"{len(setting.members)} members of {contest.family} on {setting.data}"
+    return Plan(subject, (), setting.identity, tuple(jobs), tuple(known))
 
 
 def _obstacle_to(claim: Claim, scale: str, engine: Engine, device: str | None) -> str:
@@ -149,31 +204,40 @@ def execute(plan: Plan, engine: Engine, store: Store, observer: Observer) -> lis
         StoreError: the store cannot be written; the results stored so far are intact.
     """
     claims = {claim.key: claim for claim in plan.claims}
-    expected: dict[str, int] = defaultdict(int)
-    for key in [*(job.key for job in plan.jobs), *(result.job.key for result in plan.known)]:
-        expected[key] += 1
+    expected = Counter([*(job.key for job in plan.jobs), *(result.job.key for result in plan.known)])
     gathered: dict[str, list[JobResult]] = defaultdict(list)
     outcomes: dict[str, Outcome] = {}
+    with closing(run_jobs(plan, engine, store, observer)) as results:
+        for result in results:
+            key = result.job.key
+            gathered[key].append(result)
+            if len(gathered[key]) == expected[key]:
+                outcomes[key] = conclude(claims[key], plan.scale, gathered[key])
+                observer.concluded(outcomes[key])
+    return [outcomes[claim.key] for claim in plan.claims if claim.key in outcomes]
 
-    def gather(result: JobResult) -> None:
-        key = result.job.key
-        gathered[key].append(result)
-        observer.finished(result)
-        if len(gathered[key]) == expected[key]:
-            outcomes[key] = conclude(claims[key], plan.scale, gathered[key])
-            observer.concluded(outcomes[key])
 
+def run_jobs(plan: Plan, engine: Engine, store: Store, observer: Observer) -> Generator[JobResult, None, None]:
+    """Run a plan's jobs and yield their results, those first that are known already.
+
+    Each result is stored before anybody is told of it; until a job has ended the store says that it was not run.
+    Closing the generator stops the jobs that run.
+
+    Raises:
+        StoreError: the store cannot be written; the results stored so far are intact.
+    """
     observer.begin(plan)
     pending = [JobResult(job, Status.NOT_RUN, _BROKEN_OFF) for job in plan.jobs]
     store.add(*pending, *(result for result in plan.known if result.status is Status.NOT_RUN))
     for result in plan.known:
-        gather(result)
+        observer.finished(result)
+        yield result
     if plan.jobs:
         with closing(engine.run(plan.jobs, observer.progress)) as results:
             for result in results:
                 store.add(result)
-                gather(result)
-    return [outcomes[claim.key] for claim in plan.claims if claim.key in outcomes]
+                observer.finished(result)
+                yield result
 
 
 def recall(store: Store, claims: Iterable[Claim]) -> list[Outcome]:
@@ -193,3 +257,25 @@ def recall(store: Store, claims: Iterable[Claim]) -> list[Outcome]:
         current = [result for result in results if result.job.fingerprint == newest]
         outcomes.append(conclude(known[key], scale, current))
     return outcomes
+
+
+def recall_comparisons(store: Store, contests: Iterable[Contest]) -> list[Ranking]:
+    """Rank again all comparisons that a run folder holds, the latest first.
+
+    Results of families and members that there are no more are left out, as are those of older code where a newer one
+    measured the same.
+    """
+    known = {f"compare-{contest.family}": contest for contest in contests}
+    groups: dict[tuple[str, str], list[JobResult]] = defaultdict(list)
+    for result in store.latest():
+        if result.job.paper in known and result.job.setting:
+            groups[result.job.paper, result.job.setting].append(result)
+    rankings = []
+    for (paper, setting), results in groups.items():
+        parsed = Setting.from_text(setting)
+        names = {member.name for member in known[paper].members}
+        if set(parsed.members) <= names and parsed.kind in known[paper].quality:
+            newest = max(results, key=lambda result: result.finished).job.fingerprint
+            current = [result for result in results if result.job.fingerprint == newest]
+            rankings.append(rank(known[paper], parsed, current))
+    return sorted(rankings, key=lambda each: max(result.finished for result in each.results), reverse=True)

@@ -29,8 +29,21 @@ def fingerprint(claim: Claim, scale: str) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    digest = hashlib.sha256(repr((claim.key, scale, claim.scales[scale])).encode())
-    for path in _sources(claim.experiment.__module__):
+    return hash_of(claim.experiment.__module__, (claim.key, scale, claim.scales[scale]))
+
+
+def hash_of(module: str, identity: object) -> str:
+    """Hash what a result is of, and the source of a module and of all that it imports from its package.
+
+    Args:
+        module: dotted name.
+        identity: its ``repr`` counts.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(repr(identity).encode())
+    for path in _sources(module):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -22,13 +22,13 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """One claim at one scale with one seed, and the means it is given.
+    """One claim at one scale with one seed, and the means it is given; or one member of a comparison with one seed.
 
     Attributes:
-        module: dotted name of the paper's module, whose ``PAPER`` has the claim.
-        paper: the paper's slug.
-        claim: the claim's name.
-        scale: "smoke", "small" or "full".
+        module: dotted name of the paper's module, whose ``PAPER`` has the claim; or of the family's contest.
+        paper: the paper's slug; of a comparison, "compare-" and the family.
+        claim: the claim's name; of a comparison, the member's.
+        scale: "smoke", "small" or "full"; of a comparison, the identity of its setting.
         seed: the seed.
         fingerprint: hash of the code and the configuration that the result depends on.
         device: "cpu" or "cuda".
@@ -36,6 +36,7 @@ class Job:
         time_limit_s: after how many seconds it is stopped.
         memory_limit: how many bytes of memory it may hold.
         exclusive: whether it must run alone on the machine.
+        setting: of a comparison, what all its members share, as text; of a claim, empty.
     """
 
     module: str
@@ -49,6 +50,7 @@ class Job:
     time_limit_s: float = 900.0
     memory_limit: int = 8 * 2**30
     exclusive: bool = False
+    setting: str = ""
 
     @property
     def key(self) -> str:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from postern.claims.engine import LocalEngine, Observer, Progress, Share, one_by_one_last
-from postern.claims.fingerprint import fingerprint
 from postern.claims.outcome import Job, JobResult, Status
-from postern.claims.worker import find_claim
+from postern.claims.worker import fingerprint_of
 from postern.errors import MissingExtra, Unavailable
 
 _POLL_S = 0.2
@@ -184,7 +183,7 @@ def _run_on_node(job: Job, board: Any) -> JobResult:
     Raises:
         RuntimeError: the node has other code than the driver, whose fingerprint the result would be stored under.
     """
-    found = fingerprint(find_claim(job), job.scale)
+    found = fingerprint_of(job)
     if found != job.fingerprint:
         raise RuntimeError(f"this node's code of {job.key} has the fingerprint {found}, the driver's {job.fingerprint}")
     last: list[Progress] = []

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from postern.claims.outcome import Job, JobResult, Status
 from postern.claims.run import Measurement, Picture
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no comparisons; its rows are read as they are
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE job (
@@ -93,6 +93,8 @@ class Store:
             connection.execute("PRAGMA synchronous = NORMAL")
             if version == 0:
                 connection.executescript(_SCHEMA)
+            elif version < SCHEMA_VERSION:
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except StoreError:
             if connection is not None:
                 connection.close()

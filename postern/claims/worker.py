@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from postern.claims.comparison import TIMING, Experiment, Setting
+from postern.claims.fingerprint import fingerprint, hash_of
 from postern.claims.outcome import Job, JobResult, Status
 from postern.claims.paper import Claim
 from postern.errors import Unavailable
@@ -28,17 +30,30 @@ OUTPUT_LIMIT = 8_000
 _PROGRESS_PERIOD_S = 0.2
 
 
-def find_claim(job: Job) -> Claim:
-    """Import the job's module and return its claim.
+def find_experiment(job: Job) -> Claim | Experiment:
+    """Import the job's module and return its claim, or its member of a comparison.
 
     Raises:
-        ValueError: the module has no such claim.
+        ValueError: the module has no such claim or member.
     """
-    claims = importlib.import_module(job.module).PAPER.claims
+    module = importlib.import_module(job.module)
+    if job.setting:
+        if job.claim != TIMING:
+            module.CONTEST.member(job.claim)
+        return Experiment(module.CONTEST, job.claim, Setting.from_text(job.setting))
+    claims = module.PAPER.claims
     if job.claim not in claims:
         raise ValueError(f"{job.module} has no claim {job.claim!r}; it has: {', '.join(claims)}")
     claim: Claim = claims[job.claim]
     return claim
+
+
+def fingerprint_of(job: Job) -> str:
+    """Hash the code that is here, as far as the job depends on it, with the job's configuration."""
+    experiment = find_experiment(job)
+    if isinstance(experiment, Experiment):
+        return hash_of(job.module, job.setting)
+    return fingerprint(experiment, job.scale)
 
 
 def perform(job: Job, on_progress: Callable[[str, int, int | None], None] | None = None) -> JobResult:
@@ -53,11 +68,11 @@ def perform(job: Job, on_progress: Callable[[str, int, int | None], None] | None
     """
     started = time.perf_counter()
     try:
-        claim = find_claim(job)
+        experiment = find_experiment(job)
         if job.device == "cuda" and not torch.cuda.is_available():
             raise Unavailable("needs a CUDA device, and this machine has none")
         with threadpool_limits(limits=job.threads):
-            measurement = claim.measure(
+            measurement = experiment.measure(
                 job.scale, job.seed, device=job.device, threads=job.threads, on_progress=on_progress
             )
     except Unavailable as missing:

@@ -58,7 +58,7 @@ class LineDisplay:
     def begin(self, plan: Plan) -> None:
         """Say what will be run."""
         self.total = len(plan.jobs) + len(plan.known)
-        print(f"{len(plan.claims)} claims at the {plan.scale} scale, {len(plan.jobs)} jobs", end="")
+        print(f"{plan.subject}, {len(plan.jobs)} jobs", end="")
         print(f", {len(plan.known)} known already" if plan.known else "", flush=True)
 
     def progress(self, progress: JobProgress) -> None:
@@ -100,9 +100,7 @@ class LiveDisplay:
         """Show the overall bar."""
         self.bars.start()
         total = len(plan.jobs) + len(plan.known)
-        self.overall = self.bars.add_task(
-            f"[bold]{plan.scale}[/], {len(plan.claims)} claims", total=total, label="jobs"
-        )
+        self.overall = self.bars.add_task(f"[bold]{escape(plan.subject)}[/]", total=total, label="jobs")
 
     def progress(self, progress: JobProgress) -> None:
         """Move a job's bar."""
@@ -142,7 +140,8 @@ class JsonDisplay:
     def begin(self, plan: Plan) -> None:
         """Print what will be run."""
         claims = [claim.key for claim in plan.claims]
-        self._print("begin", scale=plan.scale, claims=claims, jobs=len(plan.jobs), known=len(plan.known))
+        told = {"subject": plan.subject, "scale": plan.scale, "claims": claims}
+        self._print("begin", **told, jobs=len(plan.jobs), known=len(plan.known))
 
     def progress(self, progress: JobProgress) -> None:
         """Print how far a job is."""

@@ -115,11 +115,27 @@ def test_a_store_of_a_newer_version_is_left_as_it_is(tmp_path: Path) -> None:
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     connection.close()
     before = (tmp_path / Store.FILE).read_bytes()
-    with pytest.raises(StoreError, match=r"newer postern \(format 2; this one knows 1\): upgrade postern, or choose"):
+    with pytest.raises(
+        StoreError, match=rf"newer postern \(format {SCHEMA_VERSION + 1}; this one knows {SCHEMA_VERSION}\): upgrade"
+    ):
         Store(tmp_path)
     assert (tmp_path / Store.FILE).read_bytes() == before
     with pytest.raises(StoreError, match="newer"):  # not "another postern is using the run folder"
         Store(tmp_path)
+
+
+def test_a_store_of_the_version_before_is_read_on(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add(RESULT)
+    with sqlite3.connect(tmp_path / Store.FILE) as connection:
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("""UPDATE job SET result = replace(result, ', "setting": ""', '')""")
+    connection.close()
+    with Store(tmp_path) as store:
+        assert store.latest() == [RESULT]
+    with sqlite3.connect(tmp_path / Store.FILE) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+    connection.close()
 
 
 def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from postern.claims import worker
 from postern.claims.outcome import Job, Status
-from postern.claims.worker import find_claim, perform, perform_apart, read_output
+from postern.claims.worker import find_experiment, perform, perform_apart, read_output
 
 
 def job(claim: str, **means) -> Job:
@@ -17,9 +17,9 @@ def job(claim: str, **means) -> Job:
 
 
 def test_a_claim_is_found_by_module_and_name() -> None:
-    assert find_claim(job("behaves")).statement == "A random number is above minus ten."
+    assert find_experiment(job("behaves")).statement == "A random number is above minus ten."
     with pytest.raises(ValueError, match="has no claim 'lost'; it has: behaves, is-slow"):
-        find_claim(job("lost"))
+        find_experiment(job("lost"))
 
 
 def test_a_job_runs_and_tells_of_its_progress() -> None:
@@ -46,7 +46,7 @@ def test_memory_that_cannot_be_had_at_all_is_told_as_such(monkeypatch: pytest.Mo
     def refuse(_: Job) -> None:
         raise MemoryError("Unable to allocate 9 EiB")
 
-    monkeypatch.setattr(worker, "find_claim", refuse)
+    monkeypatch.setattr(worker, "find_experiment", refuse)
     assert perform(job("behaves")).message == "ran out of memory: Unable to allocate 9 EiB"
 
 
