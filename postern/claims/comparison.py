@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 
@@ -264,6 +266,40 @@ class Ranking:
     def seconds(self) -> float:
         """Seconds of all its jobs together."""
         return sum(result.seconds for result in self.results)
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether a member, or the timing, ended in an error."""
+        return any(result.status is Status.ERROR for result in self.results)
+
+    def to_document(self) -> dict[str, Any]:
+        """For programs: plain values, infinite bounds as None."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, Estimate):
+                return {name: each if math.isfinite(each) else None for name, each in asdict(value).items()}
+            return {name: plain(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+        standings = [
+            {
+                "member": each.member.name,
+                "place": each.place.value,
+                self.quality.name: plain(each.quality),
+                "lead": plain(each.lead),
+                **plain(each.others),
+                "step_time": plain(each.step_time),
+                "learning_rates": list(each.learning_rates),
+                "message": each.message,
+            }
+            for each in self.standings
+        ]
+        return {
+            "family": self.contest.family,
+            "setting": asdict(self.setting),
+            "quality": self.quality.name,
+            "seeds": list(self.seeds),
+            "standings": standings,
+        }
 
 
 def rank(contest: Contest, setting: Setting, results: Iterable[JobResult]) -> Ranking:

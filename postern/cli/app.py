@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from postern import __version__
-from postern.cli import check, data, doctor, papers, report, results
+from postern.cli import check, compare, data, doctor, papers, report, results
 
-EXIT_CODES = """Exit codes: 0, every claim was run (whatever its verdict); 1, a claim ended in an error, or --strict and
-not every claim holds; 2, the command line is wrong; 3, the run cannot be done as asked (store, data set, ledger);
+EXIT_CODES = """Exit codes: 0, every claim or member was run (whatever came out); 1, one ended in an error, or --strict
+and not every claim holds; 2, the command line is wrong; 3, the run cannot be done as asked (store, data set, ledger);
 130, interrupted."""
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.command("papers")(papers.papers)
 app.command("check", epilog=EXIT_CODES)(check.check)
+app.command("compare", epilog=EXIT_CODES)(compare.compare)
 app.command("report")(report.report)
 app.command("results")(results.results)
 app.command("doctor")(doctor.doctor)

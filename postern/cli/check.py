@@ -99,7 +99,7 @@ def check(
         fail(f"unknown device {device!r}; there are: cpu, cuda")
     commit = ledger.commit_of(Path.cwd()) if publish else ""
     chosen = _choose_seeds(claims, scale.value, seeds, publish)
-    runner = _choose_engine(engine, jobs, address)
+    runner = choose_engine(engine, jobs, address)
     display = choose_display(as_json)
     _warn_of_slow_paths(as_json)
     with Store(out) as store:
@@ -138,7 +138,8 @@ def _choose_seeds(claims: Sequence[Claim], scale: str, count: int | None, publis
     return chosen
 
 
-def _choose_engine(name: EngineName, jobs: int | None, address: str | None) -> Engine:
+def choose_engine(name: EngineName, jobs: int | None, address: str | None) -> Engine:
+    """The engine of a command line."""
     if name is EngineName.RAY:
         from postern.claims.ray_engine import RayEngine
 

@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from postern.claims import Verdict
+from postern.claims.comparison import TIMING, Place
 from postern.claims.outcome import Status
 from postern.cli.selection import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from postern.claims.comparison import Estimate, Ranking
     from postern.claims.driver import Plan
     from postern.claims.engine import Progress as JobProgress
     from postern.claims.outcome import Job, JobResult, Outcome
@@ -32,6 +34,7 @@ STYLES = {
     Verdict.ERROR: "bold white on red",
     Verdict.NOT_RUN: "dim",
 }
+PLACES = {Place.BEST: "bold green", Place.LEVEL: "green", Place.BEHIND: "bold red", Place.ERROR: "bold white on red"}
 
 
 def number(value: float) -> str:
@@ -216,6 +219,52 @@ def print_summary(outcomes: Sequence[Outcome]) -> None:
     console.print(f"\n{len(outcomes)} claims: {told}.", highlight=False)
     if counts[Verdict.SMOKE]:
         console.print("A smoke run only proves that the code runs; the evidence is --scale small.", style="dim")
+
+
+def print_ranking(ranking: Ranking) -> None:
+    """Print a comparison's table, best first."""
+    console = wide_console()
+    console.print(f"\n{ranking.contest.task[ranking.setting.kind]}", style="dim", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    quantities = (ranking.quality, *ranking.quantities)
+    for heading in ("member", "place", ranking.quality.label, "against the best"):
+        table.add_column(heading, overflow="fold")
+    for quantity in ranking.quantities:
+        table.add_column(quantity.label, justify="right")
+    table.add_column(f"step time, times {ranking.setting.baseline}'s", justify="right")
+    table.add_column("learning rates", overflow="fold")
+    for each in ranking.standings:
+        style = PLACES[each.place]
+        if each.quality is None:
+            table.add_row(each.member.name, f"[{style}]{each.place.value}[/]", escape(each.message))
+            continue
+        others = [each.others.get(quantity.name) for quantity in quantities[1:]]
+        table.add_row(
+            each.member.name,
+            f"[{style}]{each.place.value}[/]",
+            _estimate_in_words(each.quality, ranking.quality.scale),
+            _estimate_in_words(each.lead, ranking.quality.scale) if each.lead else "",
+            *("" if o is None else number(o.mean * q.scale) for q, o in zip(quantities[1:], others, strict=True)),
+            number(each.step_time.mean) if each.step_time else "",
+            ", ".join(f"{rate:g}" for rate in sorted(set(each.learning_rates))),
+        )
+    console.print(table)
+    console.print(
+        f"\nMeans over {len(ranking.seeds)} seeds with 95 % intervals. Behind: the whole interval of the paired "
+        "difference to the best is below 0; level: these seeds do not tell.",
+        style="dim",
+        highlight=False,
+    )
+    for result in ranking.results:
+        if result.job.claim == TIMING and result.message:
+            console.print(f"Steps were not timed: {escape(result.message)}", style="yellow", highlight=False)
+
+
+def _estimate_in_words(estimate: Estimate, scale: float) -> str:
+    if math.isinf(estimate.low):
+        return f"{number(estimate.mean * scale)} (one seed)"
+    low, high = number(estimate.low * scale), number(estimate.high * scale)
+    return rf"{number(estimate.mean * scale)} \[{low}, {high}]"
 
 
 def _identity(job: Job) -> dict[str, Any]:

@@ -35,12 +35,14 @@ def report(
 def write(store: Store) -> Path:
     """Write the report of an open store into its folder and return its first page."""
     from postern.claims import ledger
-    from postern.claims.driver import recall
+    from postern.claims.driver import recall, recall_comparisons
     from postern.claims.report import write_report
+    from postern.compare import contests
     from postern.papers import catalogue
 
     papers = catalogue()
     outcomes = recall(store, [claim for paper in papers for claim in paper.claims.values()])
     published = ledger.read_all(RESULTS) if RESULTS.is_dir() else []
     environment = ledger.versions() | {"processor": ledger.processor()}
-    return write_report(store.folder, papers, outcomes, published, environment)
+    comparisons = recall_comparisons(store, contests())
+    return write_report(store.folder, papers, outcomes, published, environment, comparisons)

@@ -17,6 +17,7 @@ from postern.nets.mlp import MLP
 from postern.nets.normalize import Normalize
 from postern.nets.resnet import ResNet, resnet18, resnet34
 from postern.nets.token_transformer import TokenTransformer
+from postern.nets.vector_transformer import VectorTransformer
 
 __all__ = [
     "MLP",
@@ -28,6 +29,7 @@ __all__ = [
     "Normalize",
     "ResNet",
     "TokenTransformer",
+    "VectorTransformer",
     "consecutive_windows",
     "evaluating",
     "initialize_truncated",

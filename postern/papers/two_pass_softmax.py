@@ -16,7 +16,7 @@ from torch import Tensor
 
 from postern import _native
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
-from postern.papers._timing import best_times
+from postern.claims.timing import best_times
 from postern.softmax import (
     online_softmax,
     softmax_traffic,

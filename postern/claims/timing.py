@@ -1,4 +1,4 @@
-"""Timing for claims about speed: calls that take turns, so that all see the same disturbances."""
+"""Timing for experiments about speed: calls that take turns, so that all see the same disturbances."""
 
 from __future__ import annotations
 

@@ -1,0 +1,200 @@
+"""Data as a problem for a network: what it sees, what it must answer, in parts for training, choosing and testing.
+
+The parts are the same for every member and every seed; a seed changes the networks' start and the batches alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from postern.claims.comparison import CannotCompare, Setting
+from postern.data import Images, Table, Text, load_own_splits, split_rows
+from postern.nets.language_model import consecutive_windows, random_windows
+
+Part = Literal["validation", "test"]
+Batch = tuple[Tensor, Tensor]
+Kind = Images | Table | Text
+
+WORD = re.compile(r"\w+|[^\w\s]+|\n")
+UNKNOWN = "<unknown>"
+MAX_WORDS = 8192
+CONTEXT = 32  # words that a language model sees
+_TEXT_BATCH, _ROWS_BATCH = 16, 64
+_TEST_WINDOWS = 400
+_PATCHES = 8  # a side, at most
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Classification: inputs with one class each.
+
+    Attributes:
+        kind: "table" or "images".
+        num_classes: number of classes.
+        parts: inputs and classes by part; "train" is drawn from.
+    """
+
+    kind: str
+    num_classes: int
+    parts: Mapping[str, Batch]
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """A random batch to train on."""
+        inputs, target = self.parts["train"]
+        chosen = torch.randint(len(target), (min(_ROWS_BATCH, len(target)),), generator=generator)
+        return inputs[chosen], target[chosen]
+
+    def batches(self, part: Part) -> list[Batch]:
+        """All of a part, in batches."""
+        inputs, target = self.parts[part]
+        return list(zip(inputs.split(512), target.split(512), strict=True))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.parts["train"][0].shape[1:])
+
+    def as_tokens(self) -> Rows:
+        """The same with each input cut into tokens ``[tokens, features]``: columns of a table, patches of an image."""
+        return Rows(self.kind, self.num_classes, {name: (_cut(x), y) for name, (x, y) in self.parts.items()})
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text: each word is to be told from those before it.
+
+    Attributes:
+        vocabulary: the words; index 0 is every other word.
+        parts: word indices by part.
+    """
+
+    vocabulary: tuple[str, ...]
+    parts: Mapping[str, Int[Tensor, " words"]]
+    kind: str = "text"
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the vocabulary."""
+        return len(self.vocabulary)
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """Random windows to train on: words, and the next word of each."""
+        windows = random_windows(self.parts["train"], CONTEXT + 1, _TEXT_BATCH, generator)
+        return windows[:, :-1], windows[:, 1:]
+
+    def batches(self, part: Part) -> list[Batch]:
+        """Consecutive windows from the beginning of a part, in batches."""
+        windows = consecutive_windows(self.parts[part], CONTEXT + 1, _TEST_WINDOWS)
+        return [(batch[:, :-1], batch[:, 1:]) for batch in torch.split(windows, 32)]
+
+
+Problem = Rows | Words
+
+
+def make_problem(splits: Mapping[str, Kind]) -> Problem:
+    """Turn data into a problem.
+
+    Args:
+        splits: "train", and "test" if the data brings one; what is missing is split off: a fifth of the rows for
+            validation and for testing each, a tenth of a text.
+
+    Raises:
+        CannotCompare: a target that is a number to regress, or too little data.
+    """
+    train, test = splits["train"], splits.get("test")
+    if isinstance(train, Table) and not train.target_names:
+        raise CannotCompare(
+            f"{train.name or 'this table'} has a target to regress; members are compared by the classes they predict: "
+            "choose a label column with classes"
+        )
+    if isinstance(train, Text):
+        shares: tuple[float, ...] = (0.9, 0.1) if test is not None else (0.8, 0.1, 0.1)
+    else:
+        shares = (0.8, 0.2) if test is not None else (0.6, 0.2, 0.2)
+    parts = [*split_rows(train, shares), *([test] if test is not None else [])]
+    named = dict(zip(("train", "validation", "test"), parts, strict=True))
+    if isinstance(train, Text):
+        return _words({name: part.text for name, part in named.items() if isinstance(part, Text)}, train.name)
+    if isinstance(train, Images):
+        images = {name: (part.scaled(), part.labels) for name, part in named.items() if isinstance(part, Images)}
+        return Rows("images", train.num_classes, _standardised(images, (0, 2, 3)))
+    tables = {
+        name: (torch.from_numpy(part.features), torch.from_numpy(part.target).long())
+        for name, part in named.items()
+        if isinstance(part, Table)
+    }
+    return Rows("table", len(train.target_names), _standardised(tables, (0,)))
+
+
+def _words(texts: Mapping[str, str], name: str) -> Words:
+    words = {part: WORD.findall(text) for part, text in texts.items()}
+    for part, found in words.items():
+        if len(found) < 2 * (CONTEXT + 1):
+            raise CannotCompare(
+                f"the {part} part of {name or 'the text'} has {len(found)} words; a language model over "
+                f"{CONTEXT} words needs {2 * (CONTEXT + 1)} in each part: take a longer text"
+            )
+    common = [word for word, count in Counter(words["train"]).most_common(MAX_WORDS - 1) if count > 1]
+    vocabulary = (UNKNOWN, *common)
+    index = {word: k for k, word in enumerate(vocabulary)}
+    return Words(vocabulary, {part: torch.tensor([index.get(w, 0) for w in found]) for part, found in words.items()})
+
+
+def _standardised(parts: Mapping[str, Batch], dims: Sequence[int]) -> dict[str, Batch]:
+    """Mean 0 and deviation 1 on the training part, by column or channel."""
+    inputs = parts["train"][0]
+    mean = inputs.mean(tuple(dims), keepdim=True)
+    deviation = inputs.std(tuple(dims), keepdim=True, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return {name: (((x - mean) / deviation).float(), y) for name, (x, y) in parts.items()}
+
+
+def _cut(inputs: Float[Tensor, "rows ..."]) -> Float[Tensor, "rows tokens features"]:
+    if inputs.dim() == 2:
+        return inputs.unsqueeze(-1)
+    height, width = inputs.shape[-2:]
+    side = max(-(-height // _PATCHES), -(-width // _PATCHES), 2)
+    padded = torch.nn.functional.pad(inputs, (0, -width % side, 0, -height % side))
+    return torch.nn.functional.unfold(padded, side, stride=side).transpose(1, 2).contiguous()
+
+
+def problem_of(setting: Setting) -> Problem:
+    """The problem that a setting asks for.
+
+    Raises:
+        CannotCompare: the data is not what it was when the comparison was planned.
+    """
+    splits = load_own_splits(setting.data, label=setting.label)
+    if digest_of(splits) != setting.digest:
+        raise CannotCompare(f"{setting.data} has changed since the comparison was planned: start it again")
+    return make_problem(splits)
+
+
+def kind_of(splits: Mapping[str, Kind]) -> str:
+    """Return "text", "table" or "images"."""
+    return {Text: "text", Table: "table", Images: "images"}[type(splits["train"])]
+
+
+def digest_of(splits: Mapping[str, Kind]) -> str:
+    """A hash of the data's content."""
+    digest = hashlib.sha256()
+    for name, part in sorted(splits.items()):
+        digest.update(name.encode())
+        if isinstance(part, Text):
+            digest.update(part.text.encode())
+        elif isinstance(part, Images):
+            digest.update(part.pixels.numpy().tobytes())
+            digest.update(part.labels.numpy().tobytes())
+        else:
+            digest.update(part.features.tobytes())
+            digest.update(part.target.tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""Normalisers compared: each as the one of a transformer's attention, with everything else the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from postern.attention import SelfAttention
+from postern.claims import Metrics, Run
+from postern.claims.comparison import Contest, Member, Setting
+from postern.compare.problems import CONTEXT, Problem, Rows, Words, problem_of
+from postern.compare.training import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    MEMORY,
+    NEXT_WORD,
+    TOP_10,
+    Builder,
+    Learner,
+    time_steps,
+    tune,
+)
+from postern.nets import LanguageModel, VectorTransformer
+from postern.softmax import (
+    clipped_softmax,
+    online_softmax,
+    softmax_off_by_one,
+    stablemax,
+    three_pass_softmax,
+    two_pass_softmax,
+)
+
+WIDTH, HEADS, LAYERS = 64, 4, 2
+NORMALISERS: Mapping[str, Callable[[Tensor, int], Tensor]] = {
+    "softmax": torch.softmax,
+    "two-pass": two_pass_softmax,
+    "three-pass": three_pass_softmax,
+    "online": online_softmax,
+    "clipped": clipped_softmax,
+    "off-by-one": softmax_off_by_one,
+    "stablemax": stablemax,
+}
+MEMBERS = (
+    Member("softmax", "torch's softmax", "torch.softmax"),
+    Member("two-pass", "the same function by two passes", "postern.softmax.two_pass_softmax", "two-pass-softmax"),
+    Member("three-pass", "the same by three passes", "postern.softmax.three_pass_softmax", "two-pass-softmax"),
+    Member("online", "the same with a running maximum", "postern.softmax.online_softmax", "two-pass-softmax"),
+    Member("clipped", "stretched and clipped", "postern.softmax.clipped_softmax", "quantizable-transformers"),
+    Member("off-by-one", "one more, empty place", "postern.softmax.softmax_off_by_one", "quantizable-transformers"),
+    Member("stablemax", "grows linearly", "postern.softmax.stablemax", "grokking-stablemax"),
+)
+
+
+class Transformer(Learner):
+    """A transformer whose attention normalises as the member does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.scores(inputs).flatten(0, -2), target.flatten())
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """The logits."""
+        scores: Tensor = self.network(inputs)
+        return scores
+
+    def log_probabilities(self, scores: Tensor) -> Tensor | None:
+        """By softmax, whatever the attention's normaliser."""
+        return torch.log_softmax(scores, -1)
+
+
+def network(name: str, problem: Problem) -> nn.Module:
+    """An untrained transformer for a problem whose inputs are words or tokens."""
+    attention = partial(SelfAttention, WIDTH, HEADS, normalise=NORMALISERS[name])
+    if isinstance(problem, Words):
+        return LanguageModel(
+            problem.num_classes, WIDTH, LAYERS, HEADS, CONTEXT, attention=lambda _: attention(is_causal=True)
+        )
+    tokens, features = problem.shape
+    return VectorTransformer(
+        features, tokens, problem.num_classes, WIDTH, LAYERS, HEADS, attention=lambda _: attention()
+    )
+
+
+def builder(name: str, problem: Problem) -> Builder:
+    """What makes a member's untrained network."""
+    return lambda rate: Transformer(network(name, problem))
+
+
+def unsuited(setting: Setting) -> dict[str, str]:
+    """All suit all data."""
+    return {}
+
+
+def _problem(setting: Setting) -> Problem:
+    problem = problem_of(setting)
+    return problem.as_tokens() if isinstance(problem, Rows) else problem
+
+
+def train(name: str, setting: Setting, run: Run) -> Metrics:
+    """Train with a normaliser and every learning rate."""
+    problem = _problem(setting)
+    return tune(builder(name, problem), problem, setting, CONTEST.quality[setting.kind], run)
+
+
+def time(setting: Setting, run: Run) -> Metrics:
+    """Time a training step with every normaliser."""
+    problem = _problem(setting)
+    return time_steps({name: builder(name, problem) for name in setting.members}, problem, setting, run)
+
+
+CONTEST = Contest(
+    family="softmax",
+    module=__name__,
+    members=MEMBERS,
+    task={
+        "text": f"A causal transformer of {LAYERS} layers, {WIDTH} wide, tells each word of the text from the "
+        f"{CONTEXT} before it; the member normalises its attention.",
+        "table": f"A transformer of {LAYERS} layers, {WIDTH} wide, classifies the rows, a token a column; the member "
+        "normalises its attention.",
+        "images": f"A transformer of {LAYERS} layers, {WIDTH} wide, classifies the images, a token a patch; the "
+        "member normalises its attention.",
+    },
+    quality={"text": CROSS_ENTROPY, "table": ACCURACY, "images": ACCURACY},
+    costs=(MEMORY,),
+    train=train,
+    time=time,
+    unsuited=unsuited,
+    shown={"text": (NEXT_WORD, TOP_10), "table": (CROSS_ENTROPY,), "images": (CROSS_ENTROPY,)},
+)

@@ -1,0 +1,171 @@
+"""What all members go through: training at every learning rate, the choice by validation, one test, time and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from postern.claims import Metrics, Run
+from postern.claims.comparison import Quantity, Setting
+from postern.claims.timing import best_times
+from postern.compare.memory import TensorMemory
+from postern.compare.problems import Part, Problem
+from postern.nets.evaluation import evaluating
+from postern.nets.language_model import rate_at
+
+ACCURACY = Quantity("accuracy", "test accuracy, %", higher_is_better=True, scale=100.0)
+NEXT_WORD = Quantity("accuracy", "next word right, %", higher_is_better=True, scale=100.0)
+TOP_10 = Quantity("top10_accuracy", "next word among the first ten, %", higher_is_better=True, scale=100.0)
+CROSS_ENTROPY = Quantity("cross_entropy", "test cross-entropy, nats")
+MEMORY = Quantity("memory_mib", "memory of a training step, MiB")
+
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+_TIMED_STEPS = 20
+
+
+class Learner(nn.Module):
+    """A member in its network. The shared optimiser trains those of its parameters that require gradients."""
+
+    def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """The member's own loss of a batch."""
+        raise NotImplementedError
+
+    def scores(self, inputs: Tensor) -> Tensor:
+        """One score a class, ``[..., classes]``; the highest is the prediction."""
+        raise NotImplementedError
+
+    def log_probabilities(self, scores: Tensor) -> Tensor | None:
+        """What the scores say of the probabilities, or None if the member gives none."""
+        raise NotImplementedError
+
+
+Builder = Callable[[float], Learner]  # learning rate -> untrained learner
+
+
+class Step:
+    """One training step after another: AdamW with warm-up, linear decay and clipped gradients.
+
+    Args:
+        learner: what is trained.
+        problem: where the batches come from.
+        steps: the budget, over which the rate warms up (a tenth) and decays.
+        rate: the highest learning rate.
+        generator: draws the batches.
+    """
+
+    def __init__(self, learner: Learner, problem: Problem, steps: int, rate: float, generator: torch.Generator) -> None:
+        self.learner, self.problem, self.steps, self.rate, self.generator = learner, problem, steps, rate, generator
+        self.device = next(learner.parameters()).device
+        self.parameters = [p for p in learner.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=WEIGHT_DECAY)
+        self.done = 0
+
+    def __call__(self) -> Tensor:
+        """Take a step and return the loss before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * rate_at(min(self.done, self.steps - 1), self.steps, self.steps // 10)
+        self.done += 1
+        inputs, target = self.problem.draw(self.generator)
+        loss = self.learner.loss(inputs.to(self.device), target.to(self.device))
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([loss])
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, problem: Problem, part: Part) -> dict[str, float]:
+    """Accuracy, and where they make sense top-10 accuracy and cross-entropy, over all of a part."""
+    device = next(learner.parameters()).device
+    sums: dict[str, float] = {}
+    count = 0
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + float(value)
+
+    with evaluating(learner):
+        for inputs, target in problem.batches(part):
+            scores = learner.scores(inputs.to(device)).flatten(0, -2)
+            wanted = target.to(device).flatten()
+            count += len(wanted)
+            add("accuracy", (scores.argmax(-1) == wanted).sum())
+            if problem.num_classes > 50:
+                add("top10_accuracy", (scores.topk(10).indices == wanted[:, None]).any(-1).sum())
+            log_probabilities = learner.log_probabilities(scores)
+            if log_probabilities is not None:
+                add("cross_entropy", -log_probabilities.gather(1, wanted[:, None]).sum())
+    return {name: total / count for name, total in sums.items()}
+
+
+def tune(build: Builder, problem: Problem, setting: Setting, quality: Quantity, run: Run) -> Metrics:
+    """Train with every learning rate of the grid, choose by validation, and test that one.
+
+    Every rate starts from the same parameters and sees the same batches. A rate whose loss is no number any more is
+    out.
+
+    Raises:
+        ArithmeticError: the loss was no number at any rate.
+    """
+    best: tuple[float, float, Learner] | None = None
+    sign = 1.0 if quality.higher_is_better else -1.0
+    for rate in setting.learning_rates:
+        torch.manual_seed(run.seed)
+        learner = build(rate)
+        learner.to(run.device)
+        if not _train(learner, problem, setting.steps, rate, run):
+            continue
+        score = sign * evaluate(learner, problem, "validation")[quality.name]
+        if math.isfinite(score) and (best is None or score > best[0]):
+            best = score, rate, learner
+    if best is None:
+        raise ArithmeticError(f"training diverged at every learning rate of {list(setting.learning_rates)}")
+    _, rate, learner = best
+    return {
+        **evaluate(learner, problem, "test"),
+        "learning_rate": rate,
+        "memory_mib": step_memory(lambda: build(rate), problem, run) / 2**20,
+    }
+
+
+def _train(learner: Learner, problem: Problem, steps: int, rate: float, run: Run) -> bool:
+    """Train; whether the loss stayed a number."""
+    step = Step(learner, problem, steps, rate, run.generator(1))
+    learner.train()
+    loss = torch.zeros(())
+    for done in run.progress(range(steps), f"learning rate {rate:g}"):
+        loss = step()
+        if done % 50 == 0 and not torch.isfinite(loss):
+            return False
+    return bool(torch.isfinite(loss))
+
+
+def step_memory(build: Callable[[], Learner], problem: Problem, run: Run) -> int:
+    """Bytes of all tensors of a training step at its height: parameters, optimiser's state, activations, gradients."""
+    memory = TensorMemory()
+    with memory:
+        learner = build()
+        learner.to(run.device)
+        step = Step(learner, problem, 10, 1e-4, run.generator(2))
+        for _ in range(2):
+            step()
+    return memory.peak
+
+
+def time_steps(builders: Mapping[str, Builder], problem: Problem, setting: Setting, run: Run) -> Metrics:
+    """Milliseconds of a training step of every member: the best of several, taken by turns on the same batches."""
+    steps: dict[str, Callable[[], object]] = {}
+    rate = min(setting.learning_rates)
+    for name, build in builders.items():
+        torch.manual_seed(run.seed)
+        learner = build(rate)
+        learner.to(run.device).train()
+        step = Step(learner, problem, setting.steps, rate, run.generator(1))
+        for _ in range(3):
+            step()
+        steps[name] = step
+    return {name: seconds * 1e3 for name, seconds in best_times(steps, _TIMED_STEPS).items()}
