@@ -1,4 +1,4 @@
-"""Data sets: embedded, local or from the Hub, by one function, `load`; and generators of synthetic ones."""
+"""Data sets: embedded, local or from the Hub, by `load`; a user's own, by `load_own`; generators of synthetic ones."""
 
 from postern.data._catalogue import DataSet, catalogue
 from postern.data.algorithmic import AlgorithmicSplit, modular_arithmetic, sparse_parity
@@ -6,7 +6,9 @@ from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
 from postern.data.kinds import Images, Table, Text
 from postern.data.loading import ImageName, Location, TableName, TextName, fetch, load, locate, verify
+from postern.data.own import load_own, load_own_splits
 from postern.data.scenes import Scenes, digit_scenes
+from postern.data.splitting import split_rows
 
 __all__ = [
     "AlgorithmicSplit",
@@ -26,9 +28,12 @@ __all__ = [
     "digit_scenes",
     "fetch",
     "load",
+    "load_own",
+    "load_own_splits",
     "locate",
     "modular_arithmetic",
     "simulated_detections",
     "sparse_parity",
+    "split_rows",
     "verify",
 ]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-from postern.data._catalogue import DataSet, Files
 
 
 class HubUnreachable(Exception):
     """The Hub did not give the files; the text says why."""
 
 
-def cached_folder(data_set: DataSet, files: Files) -> Path | None:
+def cached_folder(repository: str, revision: str, patterns: Sequence[str]) -> Path | None:
     """The folder of the Hub's cache that holds this branch of the repository, whole or in part; None without one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -19,10 +18,10 @@ def cached_folder(data_set: DataSet, files: Files) -> Path | None:
     try:
         return Path(
             snapshot_download(
-                str(data_set.repository),
+                repository,
                 repo_type="dataset",
-                revision=files.revision,
-                allow_patterns=[files.pattern],
+                revision=revision,
+                allow_patterns=list(patterns),
                 local_files_only=True,
             )
         )
@@ -30,8 +29,24 @@ def cached_folder(data_set: DataSet, files: Files) -> Path | None:
         return None
 
 
-def download(data_set: DataSet, files: Files, folder: Path | None = None) -> Path:
-    """Download the files of one split, into ``folder`` or the Hub's cache.
+def list_files(repository: str, revision: str) -> dict[str, int]:
+    """The files of a branch of a repository, with their sizes in bytes.
+
+    Raises:
+        HubUnreachable: no network, no such repository or branch, or no access to it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = HfApi().list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    except Exception as error:  # as in `download`
+        raise _unreachable(error) from error
+
+
+def download(repository: str, revision: str, patterns: Sequence[str], folder: Path | None = None) -> Path:
+    """Download the files that match one of the patterns, into ``folder`` or the Hub's cache.
 
     A file appears whole or not at all; files that are there already are kept.
 
@@ -43,20 +58,23 @@ def download(data_set: DataSet, files: Files, folder: Path | None = None) -> Pat
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    repository = str(data_set.repository)
     try:
         if folder is not None:
             # Without a network snapshot_download hands back a folder that holds anything, as if it were complete.
-            HfApi().repo_info(repository, repo_type="dataset", revision=files.revision)
+            HfApi().repo_info(repository, repo_type="dataset", revision=revision)
         return Path(
             snapshot_download(
                 repository,
                 repo_type="dataset",
-                revision=files.revision,
-                allow_patterns=[files.pattern],
+                revision=revision,
+                allow_patterns=list(patterns),
                 local_dir=folder,
             )
         )
     except Exception as error:  # which ones depends on the HTTP library below, another in each version of the client
-        cause = error.__cause__ or error
-        raise HubUnreachable(f"{type(cause).__name__}: {' '.join(str(cause).split()).rstrip('.')}") from error
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: Exception) -> HubUnreachable:
+    cause = error.__cause__ or error
+    return HubUnreachable(f"{type(cause).__name__}: {' '.join(str(cause).split()).rstrip('.')}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,15 @@ class Images:
         stop = _stop(self, count)
         return Images(self.pixels[:stop], self.labels[:stop], self.class_names, self.name)
 
+    def at(self, indices: Sequence[int] | np.ndarray | Tensor) -> Images:
+        """The images with these numbers (0 is the first), in the order given; a number may come again.
+
+        Raises:
+            ValueError: no numbers, numbers that are no integers, or one without an image.
+        """
+        chosen = torch.from_numpy(_checked_indices(indices, len(self)))
+        return Images(self.pixels[chosen], self.labels[chosen], self.class_names, self.name)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Table:
@@ -132,6 +141,15 @@ class Table:
         stop = _stop(self, count)
         return Table(self.features[:stop], self.target[:stop], self.feature_names, self.target_names, self.name)
 
+    def at(self, indices: Sequence[int] | np.ndarray | Tensor) -> Table:
+        """The rows with these numbers (0 is the first), in the order given; a number may come again.
+
+        Raises:
+            ValueError: no numbers, numbers that are no integers, or one without a row.
+        """
+        chosen = _checked_indices(indices, len(self))
+        return Table(self.features[chosen], self.target[chosen], self.feature_names, self.target_names, self.name)
+
 
 @dataclass(frozen=True, repr=False)
 class Text:
@@ -177,3 +195,16 @@ def check_limit(limit: int | None) -> None:
 def _stop(items: Sized, count: int | None) -> int:
     check_limit(count)
     return len(items) if count is None else count
+
+
+def _checked_indices(indices: Sequence[int] | np.ndarray | Tensor, count: int) -> np.ndarray:
+    numbers = np.asarray(indices)
+    if numbers.ndim != 1 or not numbers.size or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(
+            f"indices are a list of at least one integer, got {numbers.dtype if numbers.size else 'an empty list'} "
+            f"{list(numbers.shape)}"
+        )
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"indices lie in 0..{count - 1}, got {low}..{high}")
+    return numbers.astype(np.int64)

@@ -146,7 +146,7 @@ def fetch(name: str, split: str | None = None) -> Path:
         raise ValueError(f"{name!r} comes with postern's dependencies: there is nothing to fetch, load it")
     folders = []
     for each in data_set.splits if split is None else (split,):
-        found = _find_here(data_set, each) or _download(data_set, each, _local_folder(data_set))
+        found = _find_here(data_set, each) or _download(data_set, each, local_folder(data_set.name))
         folders.append(found.folder)
     return folders[0]
 
@@ -182,23 +182,24 @@ def verify(name: str) -> dict[Path, str]:
     return results
 
 
-def _local_folder(data_set: DataSet) -> Path | None:
+def local_folder(name: str) -> Path | None:
+    """Where below ``$POSTERN_DATA`` the data set lies, if it is there; None where the variable is not set."""
     root = os.environ.get("POSTERN_DATA")
     if not root:
         return None
     # "Salesforce/wikitext/wikitext-103-v1" lies in the folder of its repository.
-    return Path(root).expanduser().joinpath(*data_set.name.split("/")[:2])
+    return Path(root).expanduser().joinpath(*name.split("/")[:2])
 
 
 def _find_here(data_set: DataSet, split: str) -> _Found | None:
-    folder = _local_folder(data_set)
+    folder = local_folder(data_set.name)
     if folder is not None:
         for files in data_set.files[split]:
             if paths := _complete(folder, files):
                 return _Found("local", folder, files, paths)
     for files in data_set.files[split]:
         if files.revision is not None:
-            folder = cached_folder(data_set, files)
+            folder = cached_folder(str(data_set.repository), files.revision, [files.pattern])
             if folder is not None and (paths := _complete(folder, files)):
                 return _Found("hub cache", folder, files, paths)
     return None
@@ -220,7 +221,7 @@ def _download(data_set: DataSet, split: str, folder: Path | None = None) -> _Fou
         if files.revision is None:
             continue
         try:
-            fetched = download(data_set, files, folder)
+            fetched = download(str(data_set.repository), files.revision, [files.pattern], folder)
         except HubUnreachable as error:
             reason = str(error)
             continue
@@ -232,7 +233,7 @@ def _download(data_set: DataSet, split: str, folder: Path | None = None) -> _Fou
 
 def _unavailable(data_set: DataSet, split: str, reason: str) -> str:
     what = f"the split {split!r} of {data_set.name!r}" if split else repr(data_set.name)
-    folder = _local_folder(data_set)
+    folder = local_folder(data_set.name)
     if folder is None:
         local = "the environment variable POSTERN_DATA is not set"
     else:
