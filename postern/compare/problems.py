@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from postern.nets.language_model import consecutive_windows, random_windows
 Part = Literal["validation", "test"]
 Batch = tuple[Tensor, Tensor]
 Kind = Images | Table | Text
+Each = TypeVar("Each", Images, Table, Text)
 
 WORD = re.compile(r"\w+|[^\w\s]+|\n")
 UNKNOWN = "<unknown>"
@@ -56,7 +57,7 @@ class Rows:
     def batches(self, part: Part) -> list[Batch]:
         """All of a part, in batches."""
         inputs, target = self.parts[part]
-        return list(zip(inputs.split(512), target.split(512), strict=True))
+        return list(zip(torch.split(inputs, 512), torch.split(target, 512), strict=True))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,29 +111,36 @@ def make_problem(splits: Mapping[str, Kind]) -> Problem:
     Raises:
         CannotCompare: a target that is a number to regress, or too little data.
     """
-    train, test = splits["train"], splits.get("test")
-    if isinstance(train, Table) and not train.target_names:
+    train = splits["train"]
+    if isinstance(train, Text):
+        return _words({name: part.text for name, part in _parts(train, splits, (0.8, 0.1, 0.1)).items()}, train.name)
+    rows = (0.6, 0.2, 0.2)
+    if isinstance(train, Images):
+        images = {name: (part.scaled(), part.labels) for name, part in _parts(train, splits, rows).items()}
+        return Rows("images", train.num_classes, _standardised(images, (0, 2, 3)))
+    if not train.target_names:
         raise CannotCompare(
             f"{train.name or 'this table'} has a target to regress; members are compared by the classes they predict: "
             "choose a label column with classes"
         )
-    if isinstance(train, Text):
-        shares: tuple[float, ...] = (0.9, 0.1) if test is not None else (0.8, 0.1, 0.1)
-    else:
-        shares = (0.8, 0.2) if test is not None else (0.6, 0.2, 0.2)
-    parts = [*split_rows(train, shares), *([test] if test is not None else [])]
-    named = dict(zip(("train", "validation", "test"), parts, strict=True))
-    if isinstance(train, Text):
-        return _words({name: part.text for name, part in named.items() if isinstance(part, Text)}, train.name)
-    if isinstance(train, Images):
-        images = {name: (part.scaled(), part.labels) for name, part in named.items() if isinstance(part, Images)}
-        return Rows("images", train.num_classes, _standardised(images, (0, 2, 3)))
     tables = {
         name: (torch.from_numpy(part.features), torch.from_numpy(part.target).long())
-        for name, part in named.items()
-        if isinstance(part, Table)
+        for name, part in _parts(train, splits, rows).items()
     }
     return Rows("table", len(train.target_names), _standardised(tables, (0,)))
+
+
+def _parts(train: Each, splits: Mapping[str, Kind], shares: tuple[float, float, float]) -> dict[str, Each]:
+    """Training, validation and test part; the last is split off only where the data brings none."""
+    test = splits.get("test")
+    try:
+        if isinstance(test, type(train)):
+            return dict(zip(("train", "validation"), split_rows(train, (1 - shares[1], shares[1])), strict=True)) | {
+                "test": test
+            }
+        return dict(zip(("train", "validation", "test"), split_rows(train, shares), strict=True))
+    except ValueError as error:
+        raise CannotCompare(str(error)) from error
 
 
 def _words(texts: Mapping[str, str], name: str) -> Words:

@@ -1,9 +1,10 @@
-"""Split a data set into three parts: to train on, to choose by, to judge by."""
+"""Split a data set into parts: to train on, to choose by, to judge by."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -16,12 +17,12 @@ _ROW_SHARES = (0.6, 0.2, 0.2)
 _TEXT_SHARES = (0.8, 0.1, 0.1)
 
 
-def split_rows(kind: Kind, shares: tuple[float, float, float] | None = None, seed: int = 0) -> tuple[Kind, Kind, Kind]:
-    """Split a data set into three parts that together are the whole and have nothing in common.
+def split_rows(kind: Kind, shares: Sequence[float] | None = None, seed: int = 0) -> list[Kind]:
+    """Split a data set into parts that together are the whole and have nothing in common.
 
     Images and the rows of a table are drawn at random, class by class, so that every part has the classes in (nearly)
     the same proportions and at least one of each class, and come out shuffled. The rows of a regression are drawn from
-    all alike. A text is cut in two places, in its order: neighbouring sentences belong together.
+    all alike. A text is cut in its order: neighbouring sentences belong together.
 
     Args:
         kind: images, a table or a text.
@@ -30,8 +31,8 @@ def split_rows(kind: Kind, shares: tuple[float, float, float] | None = None, see
         seed: of the draw; a text has none.
 
     Raises:
-        ValueError: shares that are no three positive numbers with the sum one, or too little to put something, and
-            one of each class, into every part.
+        ValueError: shares that are not two or more positive numbers with the sum one, or too little to put something,
+            and one of each class, into every part.
     """
     if shares is None:
         shares = _TEXT_SHARES if isinstance(kind, Text) else _ROW_SHARES
@@ -44,7 +45,7 @@ def split_rows(kind: Kind, shares: tuple[float, float, float] | None = None, see
         # The rows of a regression are one class.
         classes, names = (kind.target if kind.target_names else np.zeros(len(kind), dtype=np.int64)), kind.target_names
     parts = _draw(classes, shares, np.random.default_rng(seed), names or ("row",), kind.name)
-    return kind.at(parts[0]), kind.at(parts[1]), kind.at(parts[2])
+    return [kind.at(part) for part in parts]
 
 
 def apportion(total: int, shares: Sequence[float], at_least: int) -> list[int]:
@@ -62,25 +63,25 @@ def apportion(total: int, shares: Sequence[float], at_least: int) -> list[int]:
     return sizes
 
 
-def _check_shares(shares: tuple[float, float, float]) -> None:
-    if len(shares) != 3 or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
-        raise ValueError(f"shares are three positive numbers with the sum 1, got {shares!r}")
+def _check_shares(shares: Sequence[float]) -> None:
+    if len(shares) < 2 or not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
+        raise ValueError(f"shares are two or more positive numbers with the sum 1, got {shares!r}")
 
 
 def _draw(
     classes: np.ndarray,
-    shares: tuple[float, float, float],
+    shares: Sequence[float],
     generator: np.random.Generator,
     class_names: Sequence[str],
     origin: str,
 ) -> list[np.ndarray]:
-    parts: list[list[np.ndarray]] = [[], [], []]
+    parts: list[list[np.ndarray]] = [[] for _ in shares]
     for index in np.unique(classes):
         members = generator.permutation(np.flatnonzero(classes == index))
         if len(members) < len(parts):
             raise ValueError(
-                f"{origin or 'the data set'} has {len(members)} of {class_names[index]!r}; three parts need at least 3 "
-                "of each class. Add examples of it, or leave it out"
+                f"{origin or 'the data set'} has {len(members)} of {class_names[index]!r}; {len(parts)} parts need at "
+                f"least {len(parts)} of each class. Add examples of it, or leave it out"
             )
         ends = np.cumsum(apportion(len(members), shares, at_least=1))
         for part, piece in zip(parts, np.split(members, ends[:-1]), strict=True):
@@ -88,10 +89,10 @@ def _draw(
     return [generator.permutation(np.concatenate(part)) for part in parts]
 
 
-def _split_text(text: Text, shares: tuple[float, float, float]) -> tuple[Text, Text, Text]:
-    if len(text) < 3:
-        raise ValueError(f"a text of {len(text)} characters cannot be cut into three parts; it needs at least 3")
-    first, second, _ = np.cumsum(apportion(len(text), shares, at_least=1)).tolist()
-    pieces = (text.text[:first], text.text[first:second], text.text[second:])
-    train, validation, test = (Text(piece, text.name) for piece in pieces)
-    return train, validation, test
+def _split_text(text: Text, shares: Sequence[float]) -> list[Text]:
+    if len(text) < len(shares):
+        raise ValueError(
+            f"a text of {len(text)} characters cannot be cut into {len(shares)} parts; it needs at least {len(shares)}"
+        )
+    ends = np.cumsum(apportion(len(text), shares, at_least=1)).tolist()
+    return [Text(text.text[start:end], text.name) for start, end in pairwise([0, *ends])]
