@@ -49,7 +49,7 @@ MEMBERS = (
     Member("three-pass", "the same by three passes", "postern.softmax.three_pass_softmax", "two-pass-softmax"),
     Member("online", "the same with a running maximum", "postern.softmax.online_softmax", "two-pass-softmax"),
     Member("clipped", "stretched and clipped", "postern.softmax.clipped_softmax", "quantizable-transformers"),
-    Member("off-by-one", "one more, empty place", "postern.softmax.softmax_off_by_one", "quantizable-transformers"),
+    Member("off-by-one", "one more, empty place", "postern.softmax.softmax_off_by_one"),
     Member("stablemax", "grows linearly", "postern.softmax.stablemax", "grokking-stablemax"),
 )
 

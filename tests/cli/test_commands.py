@@ -44,7 +44,7 @@ def test_help_is_quick_and_names_every_command() -> None:
     finished = postern("--help")
     assert time.perf_counter() - started < 3
     assert finished.returncode == 0
-    for command in ("papers", "check", "report", "results", "data", "doctor"):
+    for command in ("papers", "check", "compare", "report", "results", "data", "doctor"):
         assert command in finished.stdout
     assert "Exit codes" in finished.stdout
 

@@ -1,0 +1,99 @@
+"""The contests: every member learns on every kind of data that it suits, and the shared network is the same."""
+
+from dataclasses import replace
+
+import pytest
+
+from postern import compare
+from postern.claims import Run
+from postern.claims.comparison import CannotCompare, Contest, Setting
+from postern.compare.problems import digest_of, kind_of
+from postern.data import load_own_splits
+from postern.papers import find
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    words = "the cat sat on the mat . the dog ate the cat ; a bird saw it all , and sang . " * 80
+    path = tmp_path_factory.mktemp("text") / "mine.txt"
+    path.write_text(words)
+    return str(path)
+
+
+def setting(contest: Contest, data: str, steps: int = 2) -> Setting:
+    splits = load_own_splits(data)
+    names = tuple(member.name for member in contest.members)
+    return Setting(data, kind_of(splits), digest_of(splits), None, names, steps, (3e-3,))
+
+
+@pytest.mark.parametrize("family", compare.FAMILIES)
+@pytest.mark.parametrize("data", ["wine", "digits", "text"])
+def test_every_member_that_suits_trains_and_is_timed(family: str, data: str, text_file: str) -> None:
+    contest = compare.find(family)
+    chosen = setting(contest, text_file if data == "text" else data)
+    unsuited = contest.unsuited(chosen)
+    names = [name for name in chosen.members if name not in unsuited]
+    quality = contest.quality[chosen.kind]
+    for name in names:
+        metrics = contest.train(name, chosen, Run(seed=0, scale="test"))
+        assert {quality.name, "learning_rate", "memory_mib"} <= metrics.keys()
+        assert 0 <= metrics["accuracy"] <= 1
+        assert metrics["memory_mib"] > 0
+    assert all(isinstance(why, str) and why for why in unsuited.values())
+
+
+@pytest.mark.parametrize("family", compare.FAMILIES)
+def test_members_are_real(family: str) -> None:
+    contest = compare.find(family)
+    assert contest.family == family
+    assert set(contest.task) == set(contest.quality) == {"text", "table", "images"}
+    for member in contest.members:
+        module, _, name = member.part.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[name]), name)
+        assert not member.paper or member.part in find(member.paper).components
+
+
+def test_learning_is_not_by_chance() -> None:
+    contest = compare.find("heads")
+    chosen = setting(contest, "wine", steps=150)
+    for name in chosen.members:
+        if name in contest.unsuited(chosen):
+            continue
+        metrics = contest.train(name, chosen, Run(seed=0, scale="test"))
+        assert metrics["accuracy"] > 0.8, name
+
+
+def test_equal_functions_learn_equally() -> None:
+    contest = compare.find("softmax")
+    chosen = setting(contest, "wine", steps=20)
+    found = {
+        name: contest.train(name, chosen, Run(seed=0, scale="test"))["cross_entropy"]
+        for name in ("softmax", "two-pass", "three-pass", "online", "clipped")
+    }
+    for name in ("two-pass", "three-pass", "online"):
+        assert found[name] == pytest.approx(found["softmax"], rel=1e-3)
+    assert found["clipped"] != pytest.approx(found["softmax"], rel=1e-3)
+
+
+def test_all_are_timed_together() -> None:
+    contest = compare.find("heads")
+    chosen = setting(contest, "wine")
+    names = tuple(name for name in chosen.members if name not in contest.unsuited(chosen))
+    times = contest.time(replace(chosen, members=names), Run(seed=0, scale="test"))
+    assert set(names) == set(times)
+
+
+def test_data_that_changed_is_not_taken_for_what_was_planned(text_file: str) -> None:
+    contest = compare.find("softmax")
+    chosen = setting(contest, text_file)
+    other = replace(chosen, digest="0")
+    with pytest.raises(CannotCompare, match="has changed since the comparison was planned"):
+        contest.train("softmax", other, Run(seed=0, scale="test"))
+
+
+def test_families_without_a_comparison_say_so() -> None:
+    with pytest.raises(CannotCompare, match="no comparison of 'sofmax'; did you mean softmax"):
+        compare.find("sofmax")
+    with pytest.raises(CannotCompare, match="there are: softmax, heads"):
+        compare.find("boxes")
+    assert [contest.family for contest in compare.contests()] == list(compare.FAMILIES)
