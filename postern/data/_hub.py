@@ -11,7 +11,10 @@ class HubUnreachable(Exception):
 
 
 def cached_folder(repository: str, revision: str, patterns: Sequence[str]) -> Path | None:
-    """The folder of the Hub's cache that holds this branch of the repository, whole or in part; None without one."""
+    """The folder of the Hub's cache that holds this branch of the repository, whole or in part; None without one.
+
+    Newer versions of the Hub's client say None as well where they know that a file of these patterns is missing.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -36,11 +39,11 @@ def list_files(repository: str, revision: str) -> dict[str, int]:
         HubUnreachable: no network, no such repository or branch, or no access to it.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
     try:
-        entries = HfApi().list_repo_tree(repository, repo_type="dataset", revision=revision, recursive=True)
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        # Not `list_repo_tree`, which tries again and again for half a minute where there is no network.
+        info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in info.siblings or ()}
     except Exception as error:  # as in `download`
         raise _unreachable(error) from error
 

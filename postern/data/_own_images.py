@@ -106,6 +106,8 @@ def _is_grey(image: Image.Image) -> bool:
 
 def _decode(picture: Picture, size: tuple[int, int], mode: str) -> np.ndarray:
     with picture.opened() as opened:
+        # A large photograph in JPEG is decoded at a half, a quarter or an eighth of its size, several times faster.
+        opened.draft(None, (2 * max(size), 2 * max(size)))
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):
             # Pillow cuts 16 bits off at 255 instead of scaling them.

@@ -128,7 +128,7 @@ def _sniff(content: str, delimiters: str) -> str:
                 if len(counts) == _SNIFFED_ROWS:
                     break
         except csv.Error:
-            return False, 0
+            return False, counts[0] if counts else 0
         return counts[0] > 1 and len(set(counts)) == 1, counts[0]
 
     return max(delimiters, key=quality)
@@ -444,6 +444,9 @@ def _number(cell: Cell) -> float | None:
         return None
 
 
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    listed = ", ".join(map(repr, names[:most]))
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+def _listed(names: Sequence[str]) -> str:
+    """The names; of many the first and the last, among which the label mostly is."""
+    shown = [*map(repr, names)]
+    if len(shown) > 20:
+        shown = [*shown[:12], f"{len(shown) - 16} more", *shown[-4:]]
+    return ", ".join(shown)

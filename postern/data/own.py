@@ -232,12 +232,13 @@ def _configured(files: Sequence[PurePosixPath], source: str | Path, configuratio
         found.setdefault("/".join(part for part in file.parts[:-1] if not _split_of(part)), []).append(file)
     wanted = configuration or (next(iter(found)) if len(found) == 1 else "default")
     if wanted not in found:
+        base = str(source).removesuffix(f"/{configuration}")
         names = [name for name in found if name]
         raise InvalidData(
-            Path(source),
+            Path(base),
             f"data files in {', '.join(repr(name or '.') for name in found)}",
             f"some in {wanted!r}" if configuration else "one folder of them, or one called 'default'",
-            f"Give one of the folders: {Path(source).joinpath(*names[:1]).as_posix()}",
+            f"Give one of the folders: {Path(base).joinpath(*names[:1]).as_posix()}",
         )
     return found[wanted]
 
@@ -450,10 +451,19 @@ def _read_hub(source: str, options: _Options) -> dict[str, Text | Table | Images
         _check_download(source, repository, sum(sizes[file] for file in wanted))
         folder = download(repository, CONVERTED, wanted)
     except HubUnreachable as error:
-        folder = cached_folder(repository, CONVERTED, ["*.parquet"])
+        folder = _cached(repository)
         if folder is None:
             raise DataUnavailable(_unavailable(source, repository, str(error))) from error
     return _read_folder(folder, source, configuration, options)
+
+
+def _cached(repository: str) -> Path | None:
+    """The Hub's cache of the conversion; None where it has none, or splits of which it knows that files are missing."""
+    folder = cached_folder(repository, CONVERTED, [])
+    if folder is None:
+        return None
+    begun = {f"{file.parent}/*" for file in _data_files(_visible_files(folder))}
+    return cached_folder(repository, CONVERTED, sorted(begun))
 
 
 def _check_download(source: str, repository: str, size: int) -> None:

@@ -45,10 +45,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         repository = self.server.repository
         prefix = f"/api/datasets/{repository}/"
+        files = [file for file in self.server.folder.rglob("*") if file.is_file()]
         if path.startswith(f"{prefix}revision/"):
-            self._answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": []}).encode())
+            siblings = [
+                {"rfilename": file.relative_to(self.server.folder).as_posix(), "size": file.stat().st_size}
+                for file in files
+            ]
+            self._answer(json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
         elif path.startswith(f"{prefix}tree/"):
-            files = [file for file in self.server.folder.rglob("*") if file.is_file()]
             entries = [
                 {
                     "type": "file",

@@ -106,3 +106,31 @@ def test_wrong_tables_are_refused(changes: dict[str, object], message: str) -> N
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one character"):
         Text("")
+
+
+@pytest.mark.parametrize("indices", [[2, 0, 2], np.array([2, 0, 2], dtype=np.uint8), torch.tensor([2, 0, 2])])
+def test_at_takes_these_in_this_order(indices: object) -> None:
+    chosen = images().at(indices)  # type: ignore[arg-type]
+    assert torch.equal(chosen.pixels, images().pixels[[2, 0, 2]])
+    assert chosen.labels.tolist() == [0, 0, 0]
+    assert (chosen.class_names, chosen.name) == (images().class_names, images().name)
+    rows = table().at(indices)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(rows.features, [[2.0, 5.0], [1.0, 5.0], [2.0, 5.0]])
+    assert rows.target.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "at least one integer, got an empty list"),
+        ([0.0], "got float64"),
+        ([True, False, True], "got bool"),
+        ([[0, 1]], r"got int64 \[1, 2\]"),
+        ([-1, 0], r"0\.\.\d, got -1\.\.0"),
+        ([9], r"0\.\.\d, got 9\.\.9"),
+    ],
+)
+def test_at_refuses_what_is_no_number_of_a_row(indices: object, message: str) -> None:
+    for kind in (images(), table()):
+        with pytest.raises(ValueError, match=message):
+            kind.at(indices)  # type: ignore[arg-type]
