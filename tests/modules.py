@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 Call = Callable[..., Any]
 
@@ -25,6 +26,7 @@ def check_module(
     *inputs: Any,
     call: Call | None = None,
     compile: bool = True,
+    checkpoint: bool = True,
     bfloat16: bool = True,
     meta: bool = True,
     tolerance: float = 0.1,
@@ -37,6 +39,7 @@ def check_module(
       ``weights_only=True``;
     - a deep copy gives identical outputs, and changing it leaves the original alone;
     - ``torch.compile(fullgraph=True)`` gives the outputs and gradients of the eager module;
+    - gradient checkpointing gives the same outputs and gradients;
     - autocast to bfloat16 gives finite outputs and gradients, the outputs near those in float32;
     - nothing is computed on a device of the module's own choice, in the forward and the backward pass.
 
@@ -47,6 +50,7 @@ def check_module(
         call: what to run, ``call(module, *inputs)``; the module's own call if None. For modules with other methods:
             ``call=lambda head, hidden, target: head.loss(hidden, target)``.
         compile: whether to check compilation.
+        checkpoint: whether to check gradient checkpointing.
         bfloat16: whether to check autocast.
         meta: whether to check the independence of a device, by running on the "meta" device.
         tolerance: largest accepted ``max|bf16 - float32| / max|float32|`` of an output; infinite for modules that
@@ -84,6 +88,12 @@ def check_module(
         torch.compiler.reset()
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         _same(_evaluate(copy.deepcopy(module), inputs, compiled), expected, "the compiled module", exact=False)
+    if checkpoint:
+
+        def recomputed(module: nn.Module, *inputs: Any) -> Any:
+            return torch_checkpoint(run, module, *inputs, use_reentrant=False)
+
+        _same(_evaluate(copy.deepcopy(module), inputs, recomputed), expected, "the checkpointed module", exact=False)
     if bfloat16:
         with torch.autocast("cpu", torch.bfloat16):
             lower = _evaluate(copy.deepcopy(module), inputs, run)
