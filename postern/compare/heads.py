@@ -10,20 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from postern.claims import Metrics, Run
-from postern.claims.comparison import Contest, Member, Setting
-from postern.compare.problems import CONTEXT, Problem, Words, problem_of
-from postern.compare.training import (
-    ACCURACY,
-    CROSS_ENTROPY,
-    MEMORY,
-    NEXT_WORD,
-    TOP_10,
-    Builder,
-    Learner,
-    time_steps,
-    tune,
-)
+from postern.claims.comparison import Member
+from postern.compare.problems import CONTEXT, Problem, Words
+from postern.compare.training import NEXT_WORD, Learner, make_contest
 from postern.heads import SoftmaxHead, StableMaxHead, SVMHead
 from postern.nets import MLP, ConvNet, LanguageModel
 from postern.softmax import log_stablemax
@@ -97,20 +86,16 @@ MEMBERS = (
 )
 
 
-def builder(name: str, problem: Problem) -> Builder:
-    """What makes a member's untrained network."""
-
-    def build(rate: float) -> Headed:
-        trunk, width = trunk_of(problem)
-        entry = ENTRIES[name]
-        return Headed(trunk, entry.make(width, problem.num_classes, rate), entry.log_probabilities)
-
-    return build
+def build(name: str, problem: Problem, rate: float) -> Headed:
+    """An untrained network with a head."""
+    trunk, width = trunk_of(problem)
+    entry = ENTRIES[name]
+    return Headed(trunk, entry.make(width, problem.num_classes, rate), entry.log_probabilities)
 
 
-def unsuited(setting: Setting) -> dict[str, str]:
+def unsuited(problem: Problem) -> dict[str, str]:
     """Heads that need more classes than there are."""
-    classes = problem_of(setting).num_classes
+    classes = problem.num_classes
     return {
         name: f"{entry.why} (the data has {classes} classes, it takes {entry.least_classes} or more)"
         for name, entry in ENTRIES.items()
@@ -118,19 +103,7 @@ def unsuited(setting: Setting) -> dict[str, str]:
     }
 
 
-def train(name: str, setting: Setting, run: Run) -> Metrics:
-    """Train a head with every learning rate."""
-    problem = problem_of(setting)
-    return tune(builder(name, problem), problem, setting, CONTEST.quality[setting.kind], run)
-
-
-def time(setting: Setting, run: Run) -> Metrics:
-    """Time a training step of every head."""
-    problem = problem_of(setting)
-    return time_steps({name: builder(name, problem) for name in setting.members}, problem, setting, run)
-
-
-CONTEST = Contest(
+CONTEST = make_contest(
     family="heads",
     module=__name__,
     members=MEMBERS,
@@ -140,10 +113,7 @@ CONTEST = Contest(
         "table": "A multilayer perceptron with hidden layers of 128 and 64 classifies the rows.",
         "images": "A convolutional network of four stages classifies the images.",
     },
-    quality={"text": NEXT_WORD, "table": ACCURACY, "images": ACCURACY},
-    costs=(MEMORY,),
-    train=train,
-    time=time,
+    text_quality=NEXT_WORD,
+    build=build,
     unsuited=unsuited,
-    shown={"text": (TOP_10, CROSS_ENTROPY), "table": (CROSS_ENTROPY,), "images": (CROSS_ENTROPY,)},
 )

@@ -9,20 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from postern.attention import SelfAttention
-from postern.claims import Metrics, Run
-from postern.claims.comparison import Contest, Member, Setting
-from postern.compare.problems import CONTEXT, Problem, Rows, Words, problem_of
-from postern.compare.training import (
-    ACCURACY,
-    CROSS_ENTROPY,
-    MEMORY,
-    NEXT_WORD,
-    TOP_10,
-    Builder,
-    Learner,
-    time_steps,
-    tune,
-)
+from postern.claims.comparison import Member
+from postern.compare.problems import CONTEXT, Problem, Rows, Words
+from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
 from postern.nets import LanguageModel, VectorTransformer
 from postern.softmax import (
     clipped_softmax,
@@ -88,34 +77,12 @@ def network(name: str, problem: Problem) -> nn.Module:
     )
 
 
-def builder(name: str, problem: Problem) -> Builder:
-    """What makes a member's untrained network."""
-    return lambda rate: Transformer(network(name, problem))
+def build(name: str, problem: Problem, rate: float) -> Transformer:
+    """An untrained network with a normaliser."""
+    return Transformer(network(name, problem))
 
 
-def unsuited(setting: Setting) -> dict[str, str]:
-    """All suit all data."""
-    return {}
-
-
-def _problem(setting: Setting) -> Problem:
-    problem = problem_of(setting)
-    return problem.as_tokens() if isinstance(problem, Rows) else problem
-
-
-def train(name: str, setting: Setting, run: Run) -> Metrics:
-    """Train with a normaliser and every learning rate."""
-    problem = _problem(setting)
-    return tune(builder(name, problem), problem, setting, CONTEST.quality[setting.kind], run)
-
-
-def time(setting: Setting, run: Run) -> Metrics:
-    """Time a training step with every normaliser."""
-    problem = _problem(setting)
-    return time_steps({name: builder(name, problem) for name in setting.members}, problem, setting, run)
-
-
-CONTEST = Contest(
+CONTEST = make_contest(
     family="softmax",
     module=__name__,
     members=MEMBERS,
@@ -127,10 +94,7 @@ CONTEST = Contest(
         "images": f"A transformer of {LAYERS} layers, {WIDTH} wide, classifies the images, a token a patch; the "
         "member normalises its attention.",
     },
-    quality={"text": CROSS_ENTROPY, "table": ACCURACY, "images": ACCURACY},
-    costs=(MEMORY,),
-    train=train,
-    time=time,
-    unsuited=unsuited,
-    shown={"text": (NEXT_WORD, TOP_10), "table": (CROSS_ENTROPY,), "images": (CROSS_ENTROPY,)},
+    text_quality=CROSS_ENTROPY,
+    build=build,
+    prepare=lambda problem: problem.as_tokens() if isinstance(problem, Rows) else problem,
 )

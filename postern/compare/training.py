@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from postern.claims import Metrics, Run
-from postern.claims.comparison import Quantity, Setting
+from postern.claims.comparison import Contest, Member, Quantity, Setting
 from postern.claims.timing import best_times
 from postern.compare.memory import TensorMemory
-from postern.compare.problems import Part, Problem
+from postern.compare.problems import Part, Problem, problem_of
 from postern.nets.evaluation import evaluating
 from postern.nets.language_model import rate_at
 
@@ -44,6 +45,60 @@ class Learner(nn.Module):
 
 
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
+Build = Callable[[str, Problem, float], Learner]  # member, problem, learning rate -> untrained learner
+
+
+def make_contest(
+    *,
+    family: str,
+    module: str,
+    members: Sequence[Member],
+    task: Mapping[str, str],
+    text_quality: Quantity,
+    build: Build,
+    prepare: Callable[[Problem], Problem] = lambda problem: problem,
+    unsuited: Callable[[Problem], Mapping[str, str]] = lambda problem: {},
+) -> Contest:
+    """A contest whose members are trained and timed as all are, judged by accuracy except on texts.
+
+    Args:
+        family: the family.
+        module: the calling module.
+        members: who can take part, the baseline first.
+        task: see `Contest`.
+        text_quality: what decides on texts.
+        build: makes a member's untrained network.
+        prepare: turns the data's problem into what the networks take.
+        unsuited: see `Contest`.
+    """
+    on_texts = (NEXT_WORD, TOP_10, CROSS_ENTROPY)
+    quality = {"text": text_quality, "table": ACCURACY, "images": ACCURACY}
+    shown = {
+        "text": tuple(each for each in on_texts if each != text_quality),
+        "table": (CROSS_ENTROPY,),
+        "images": (CROSS_ENTROPY,),
+    }
+
+    def train(name: str, setting: Setting, run: Run) -> Metrics:
+        problem = prepare(problem_of(setting))
+        return tune(partial(build, name, problem), problem, setting, quality[setting.kind], run)
+
+    def time(setting: Setting, run: Run) -> Metrics:
+        problem = prepare(problem_of(setting))
+        return time_steps({name: partial(build, name, problem) for name in setting.members}, problem, setting, run)
+
+    return Contest(
+        family=family,
+        module=module,
+        members=tuple(members),
+        task=task,
+        quality=quality,
+        costs=(MEMORY,),
+        train=train,
+        time=time,
+        unsuited=lambda setting: unsuited(prepare(problem_of(setting))),
+        shown=shown,
+    )
 
 
 class Step:
