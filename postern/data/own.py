@@ -260,6 +260,10 @@ def _visible_files(folder: Path) -> list[PurePosixPath]:
     return files
 
 
+def _has_images(files: Sequence[PurePosixPath]) -> bool:
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
+
+
 def _data_files(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     """The files of the first kind that is among them."""
     for suffixes in _FOLDER_SUFFIXES:
@@ -272,7 +276,9 @@ def _read_folder(
     folder: Path, name: str, configuration: str | None, options: _Options
 ) -> dict[str, Text | Table | Images]:
     files = _visible_files(folder)
-    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+    if _has_images(files):
+        if configuration:
+            return _read_folder(folder / configuration, name, None, options)
         return _read_image_folder(folder, name, files, options)
     chosen = _data_files(files)
     if not chosen:
@@ -306,7 +312,7 @@ def _read_image_folder(
         unknown = sorted(set(splits[split]) - set(class_names))
         if unknown:
             raise InvalidData(
-                folder / unknown[0],
+                folder / splits[split][unknown[0]][0].parent,
                 f"a class of the {split} split that the {roles['train']} split does not have",
                 f"the classes {', '.join(map(repr, class_names))}",
                 "Rename or remove it.",
@@ -438,7 +444,7 @@ def _read_hub(source: str, options: _Options) -> dict[str, Text | Table | Images
     folder = local_folder(source)
     if folder is not None and folder.is_dir():
         files = _visible_files(folder)
-        if _data_files(files) or any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+        if _data_files(files) or _has_images(files):
             return _read_folder(folder, source, configuration, options)
     repository = f"{owner}/{name}"
     try:

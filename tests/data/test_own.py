@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -155,10 +156,12 @@ def test_numeric_labels_are_sorted_by_value(tmp_path: Path) -> None:
 
 
 def test_columns_that_say_nothing_are_left_out_and_told(tmp_path: Path) -> None:
-    header = ",x,same,always,passengerId,name,city,kind\n"
-    rows = [f"{i},{i % 5},1,yes,{7 * i % 101},name {i},city {i % 60},{'ab'[i % 2]}" for i in range(130)][:100]
+    header = ",x,same,always,passengerId,name,city,town,kind\n"
+    rows = [
+        f"{i},{i % 5},1,yes,{7 * i % 101},name {i},city {i % 60},town {i % 51 % 50},{'ab'[i % 2]}" for i in range(100)
+    ]
     loaded = table(tmp_path / "a.csv", header + "\n".join(rows))
-    assert loaded.feature_names == ("x",)
+    assert loaded.feature_names == ("x", *sorted(f"town=town {i}" for i in range(50)))
     for told in (
         "a.csv (without 'column 1': counts the rows;",
         "'same': the same value in every row",
@@ -168,6 +171,13 @@ def test_columns_that_say_nothing_are_left_out_and_told(tmp_path: Path) -> None:
         "'city': 60 different words in 100 rows",
     ):
         assert told in loaded.name
+
+
+def test_words_that_rarely_come_twice_are_left_out(tmp_path: Path) -> None:
+    words = ["a", "b", "c", "d", "e", "e", "e", "e"]
+    loaded = table(tmp_path / "a.csv", "x,word,kind\n" + "\n".join(f"{i % 3},{w},{i % 2}" for i, w in enumerate(words)))
+    assert loaded.feature_names == ("x",)
+    assert loaded.name == "a.csv (without 'word': 5 different words in 8 rows)"
 
 
 def test_a_shuffled_row_number_is_left_out_but_other_integers_stay(tmp_path: Path) -> None:
@@ -183,6 +193,7 @@ def test_limit_keeps_the_classes_of_a_sorted_table(tmp_path: Path) -> None:
     loaded = table(tmp_path / "a.csv", content, limit=20)
     assert np.bincount(loaded.target).tolist() == [12, 6, 2]
     assert loaded.features[:, 0].tolist() == [i * 3 % 17 for i in (*range(12), *range(60, 66), 90, 91)]
+    assert np.bincount(table(tmp_path / "a.csv", content, limit=7).target).tolist() == [3, 2, 2]
     assert len(table(tmp_path / "a.csv", content, limit=1000)) == 100
     with pytest.raises(ValueError, match="limit=5 is too small for 3 classes; it is at least 6"):
         table(tmp_path / "a.csv", content, limit=5)
@@ -220,6 +231,7 @@ def test_tables_of_a_folder_are_joined_in_the_order_of_names(tmp_path: Path) -> 
     [
         ("x,kind\n1,a\n2,a,3\n", ["line 3 has 3 cells", "expected 2 in every line", "into quotation marks"]),
         ('x,kind\n1,"a\nb"\n\n2\n', ["line 5 has 1 cells"]),
+        ('x,kind\n1,a\n2,"a\nb",3\n', ["line 3 has 3 cells"]),
         ('x,kind\n1,a\n2,"b\n3,c\n', ["the row that begins in line 3 is no CSV", "Check the quotation marks"]),
         ("x,kind,x\n1,a,2\n", ["2 columns called 'x'", "Rename or remove"]),
         ("5.1,3.5,0\n4.9,3.0,0\n", ["a first line of numbers, '5.1', '3.5', '0'", "a header", "Add one"]),
@@ -427,6 +439,9 @@ def test_wrong_parquet_files_are_refused(tmp_path: Path) -> None:
     assert_refused(
         tmp_path / "c", "train-1.parquet: the columns 'y', 'kind'", "make the columns the same", label="kind"
     )
+    write_images(tmp_path / "d/train.parquet", [encode(noise(2, 2))] * 4, [0, 1] * 2)
+    write_parquet(tmp_path / "d/test.parquet", {"picture": [1, 2], "label": [0, 1]})
+    assert_refused(tmp_path / "d", "test.parquet: the columns 'picture', 'label'", "those of", "'image', 'label'")
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]), path)
     assert_refused(path, "2 columns called 'x'", label="x")
 
@@ -539,7 +554,9 @@ def test_splits_of_images_have_the_same_classes_and_sizes(tmp_path: Path) -> Non
     assert torch.equal(splits["test"].pixels[0, 0], torch.from_numpy(test))
     assert splits["test"].name == f"{tmp_path.name}, test"
     save(tmp_path / "test/c/0.png", test)
-    assert_refused(tmp_path, "a class of the test split that the train split does not have", "'a', 'b'")
+    assert_refused(
+        tmp_path, f"{tmp_path / 'test/c'}: a class of the test split that the train split does not have", "'a', 'b'"
+    )
 
 
 def test_limit_takes_some_of_each_class(tmp_path: Path) -> None:
@@ -661,7 +678,11 @@ def test_a_configuration_is_chosen_by_its_folder(root: Path) -> None:
     assert load_own("somebody/words", label="kind").target_names == ("iris", "rose")
 
 
-def test_local_csv_and_text_in_the_hubs_layout(root: Path) -> None:
+def test_local_csv_text_and_images_in_the_hubs_layout(root: Path) -> None:
+    for index in range(4):
+        save(root / f"somebody/pets/small/{'ab'[index % 2]}/{index}.png", noise(3, 3, seed=index))
+    assert images("somebody/pets/small").class_names == ("a", "b")
+    assert_refused("somebody/pets/large", f"{root / 'somebody/pets/large'}: an empty folder")
     write(root / "somebody/table/data.csv", FLOWERS)
     assert len(load_own("somebody/table", label="kind")) == 4
     write(root / "somebody/book/part.txt", "words")
@@ -702,6 +723,23 @@ def test_the_hubs_conversion_is_downloaded_once(root: Path, tmp_path: Path, monk
             load_own(HUB_ID)
     # The server is gone, the cache is there.
     assert torch.equal(images(HUB_ID).pixels, splits["train"].pixels)
+
+
+@pytest.mark.skipif(
+    not hasattr(huggingface_hub, "get_cached_repo_tree"), reason="this client does not know which files are missing"
+)
+def test_a_download_that_was_cut_off_is_not_taken_for_whole(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = put_animals(tmp_path / "repository", "default/{split}/0000.parquet")
+    put_animals(repository, "default/{split}/0001.parquet")
+    with serve(repository, HUB_ID, monkeypatch):
+        assert len(images(HUB_ID)) == 8
+    assert len(images(HUB_ID)) == 8
+    (shard,) = (tmp_path / "hub").glob("**/snapshots/*/default/train/0001.parquet")
+    shard.unlink()
+    with pytest.raises(DataUnavailable, match=r"\(4\) the Hub, .*: Connect"):
+        load_own(HUB_ID)
 
 
 @pytest.mark.parametrize(
