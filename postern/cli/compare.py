@@ -140,6 +140,9 @@ def _setting(
     except ValueError as error:  # an unknown name, a missing label; InvalidData is reported as such
         raise CannotCompare(str(error)) from error
     make_problem(splits)
+    if not quiet:
+        for split, part in splits.items():
+            typer.echo(f"{split}: {part!r}", err=True)
     names = [member.name for member in contest.members]
     asked = [contest.member(name.strip()).name for name in members.split(",")] if members else names
     setting = Setting(
