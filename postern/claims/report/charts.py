@@ -1,4 +1,4 @@
-"""Charts that the report draws itself: an interval against its bounds, and curves.
+"""Charts that the report draws itself: an interval against its bounds, curves, and members of a comparison.
 
 They are SVG whose horizontal positions are percentages, so that lines stretch with the page while text keeps its size.
 Colours are the style sheet's, so they follow the theme. Every chart comes with a sentence that says what it shows.
@@ -7,7 +7,7 @@ Colours are the style sheet's, so they follow the theme. Every chart comes with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -21,6 +21,13 @@ LOGARITHMIC_RANGE = 100.0
 _DRAWABLE = (1e-100, 1e100)  # magnitudes; what is larger is left out, what is smaller is zero to a logarithmic axis
 _EDGE = 0.16  # of the shown range, left free on both sides for labels
 _PLOT_HEIGHT = 200
+_LANE_HEIGHT = 46
+_SCATTER_HEIGHT = 300
+_NARROWEST_SCATTER = 220.0  # pixels that its width shrinks to on a phone: labels find their places there
+_LABEL_HEIGHT = 15.0
+_LETTER_WIDTH = 7.2
+_MARK_RADIUS = 7.0
+_LEFT_MARGIN, _RIGHT_MARGIN = 40.0, 12.0  # pixels beside a scatter that its labels may use
 _RANGE_FACTOR = 8.0
 _RANGE_FACTOR_OF_NAMESAKES = 1000.0
 
@@ -113,6 +120,64 @@ class CurveChart:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     is_logarithmic: bool
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A member of a comparison in a chart.
+
+    Attributes:
+        name: the member.
+        place: how it came out: a key of `SHAPES`.
+        quality: its quality.
+        step_time: its step time as a multiple of the baseline's, None where it was not timed.
+    """
+
+    name: str
+    place: str
+    quality: Reading
+    step_time: Reading | None = None
+
+
+def _star(points: int = 5, outer: float = 7.8, inner: float = 3.4) -> str:
+    radii = [(outer, inner)[corner % 2] for corner in range(2 * points)]
+    angles = [math.pi * corner / points for corner in range(2 * points)]
+    corners = [f"{r * math.sin(angle):.1f} {-r * math.cos(angle):.1f}" for r, angle in zip(radii, angles, strict=True)]
+    return f"M{'L'.join(corners)}z"
+
+
+SHAPES: Mapping[str, str] = {
+    "best": _star(),
+    "level": "M-5.6 0a5.6 5.6 0 1 0 11.2 0a5.6 5.6 0 1 0-11.2 0z",
+    "behind": "M0 6.2L-6.6-5.2h13.2z",
+}
+"""The outline of each place's sign around (0, 0), so that it is told apart without colour."""
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Where numbers lie between the ends of an axis, with its ticks."""
+
+    ticks: tuple[float, ...]
+    first: float
+    last: float
+    is_logarithmic: bool
+
+    def share(self, value: float) -> float:
+        """How far ``value`` is from the first end, 0, to the last, 1; what lies outside is moved to the end."""
+        value = min(max(value, self.first), self.last)
+        if self.is_logarithmic:
+            return math.log(value / self.first) / math.log(self.last / self.first)
+        return (value - self.first) / (self.last - self.first)
+
+
+def _axis(low: float, high: float, ticks: Sequence[float], *, is_logarithmic: bool) -> _Axis:
+    """Make an axis that shows ``low`` to ``high`` and all ticks; around one number where they are the same."""
+    first, last = min(low, ticks[0]), max(high, ticks[-1])
+    if len(ticks) == 1:
+        margin = abs(ticks[0]) / 2 or 1.0
+        first, last = first - margin, last + margin
+    return _Axis(tuple(ticks), first, last, is_logarithmic)
 
 
 def describe_reading(reading: Reading) -> str:
@@ -274,15 +339,10 @@ def _curve_chart(curves: Sequence[Curve]) -> CurveChart:
     logarithmic = low > _DRAWABLE[0] and high / low >= LOGARITHMIC_RANGE
     first, last = min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves)
     ticks = _logarithmic_ticks(low, high) if logarithmic else _ticks(low, high)
-    bottom, top = min(low, ticks[0]), max(high, ticks[-1])
-    if len(ticks) == 1:
-        margin = abs(ticks[0]) / 2 or 1.0
-        bottom, top = bottom - margin, top + margin
+    axis = _axis(low, high, ticks, is_logarithmic=logarithmic)
 
     def y(value: float) -> float:
-        if logarithmic:
-            return 1000 * math.log(top / value) / math.log(top / bottom)
-        return 1000 * (top - value) / (top - bottom)
+        return 1000 * (1 - axis.share(value))
 
     def x(step: float) -> float:
         return 1000 * (step - first) / (last - first)
@@ -290,13 +350,7 @@ def _curve_chart(curves: Sequence[Curve]) -> CurveChart:
     def path(steps: Sequence[float], values: Sequence[float]) -> str:
         return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, values, strict=True))
 
-    grid = Markup("").join(
-        Markup(
-            '<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>'
-            '<text class="tick" x="-8" y="{1:.1f}" text-anchor="end">{2}</text>'
-        ).format(y(tick) / 1000 * _PLOT_HEIGHT, y(tick) / 1000 * _PLOT_HEIGHT + 4, text.plain(tick))
-        for tick in ticks
-    )
+    grid = _rows(axis, _PLOT_HEIGHT)
     labels = Markup("").join(
         Markup('<text class="tick" x="{:.1f}%" y="{}" text-anchor="{}">{}</text>').format(
             percent, _PLOT_HEIGHT + 18, anchor, words
@@ -340,6 +394,28 @@ def _curve_chart(curves: Sequence[Curve]) -> CurveChart:
     return CurveChart(tuple(curves), markup, description, columns, rows, logarithmic)
 
 
+def _rows(axis: _Axis, height: float) -> Markup:
+    """Draw the ticks of a vertical axis, with a line across the chart."""
+    return Markup("").join(
+        Markup(
+            '<line class="grid" x1="0" x2="100%" y1="{0:.1f}" y2="{0:.1f}"/>'
+            '<text class="tick" x="-8" y="{1:.1f}" text-anchor="end">{2}</text>'
+        ).format(y, y + 4, text.plain(tick))
+        for tick, y in ((tick, height * (1 - axis.share(tick))) for tick in axis.ticks)
+    )
+
+
+def _columns(axis: _Axis, height: float, unit: str = "") -> Markup:
+    """Draw the ticks of a horizontal axis, with a line down the chart."""
+    return Markup("").join(
+        Markup(
+            '<line class="grid" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="{1}"/>'
+            '<text class="tick" x="{0:.2f}%" y="{2}" text-anchor="middle">{3}</text>'
+        ).format(100 * axis.share(tick), height, height + 18, f"{text.plain(tick)}{unit}")
+        for tick in axis.ticks
+    )
+
+
 def _thinned(curve: Curve) -> list[int]:
     """Choose at most `MAX_POINTS` points that keep the outline: the lowest and highest of equal stretches."""
     size = len(curve.mean)
@@ -378,3 +454,213 @@ def _logarithmic_ticks(low: float, high: float, most: int = 6) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     stride = max(1, math.ceil((last - first) / (most - 1)))
     return [10.0**exponent for exponent in range(first, last + stride, stride)]
+
+
+def quality_lanes(marks: Sequence[Mark], label: str) -> Markup:
+    """Draw the quality of each member with its interval, one below the other on one axis.
+
+    Args:
+        marks: the members; those whose quality is too large to be drawn are left out.
+        label: what the axis shows.
+
+    Returns:
+        An ``<svg role="img">`` with an accessible name, empty where nobody is left.
+    """
+    drawn = [mark for mark in marks if _is_drawable(mark.quality)]
+    if not drawn:
+        return Markup("")
+    axis = _shared_axis([mark.quality for mark in drawn])
+    height = _LANE_HEIGHT * len(drawn)
+    lanes = []
+    for index, mark in enumerate(drawn):
+        top = index * _LANE_HEIGHT
+        lanes.append(
+            Markup(
+                '<text class="member" x="0" y="{:d}">{} <tspan class="value">{}</tspan></text>'
+                '<g class="{}">{}<svg class="mark" x="{:.2f}%" y="{:d}" overflow="visible">{}</svg></g>'
+            ).format(
+                top + 15,
+                mark.name,
+                mark.quality.estimate_text,
+                mark.place,
+                _across(mark.quality, axis, top + 31),
+                100 * axis.share(mark.quality.estimate),
+                top + 31,
+                _shape(mark.place),
+            )
+        )
+    return Markup('<svg class="lanes" role="img" aria-label="{}" width="100%" height="{}">{}{}</svg>').format(
+        f"{label}: {'; '.join(map(_in_words, drawn))}.", height, _columns(axis, height), Markup("").join(lanes)
+    )
+
+
+def quality_by_time(marks: Sequence[Mark], label: str, time_label: str) -> Markup:
+    """Draw the quality of each member against its step time, both with their intervals.
+
+    Args:
+        marks: the members; those that were not timed are left out, as are those that are too large to be drawn.
+        label: what the vertical axis shows.
+        time_label: what the horizontal axis shows.
+
+    Returns:
+        An ``<svg role="img">`` with an accessible name, empty where nobody was timed.
+    """
+    timed = [(mark, mark.step_time) for mark in marks if mark.step_time and _is_drawable(mark.quality)]
+    if not timed:
+        return Markup("")
+    vertical = _shared_axis([mark.quality for mark, _ in timed])
+    horizontal = _ratio_axis([time for _, time in timed])
+    spots = [
+        (100 * horizontal.share(time.estimate), _SCATTER_HEIGHT * (1 - vertical.share(mark.quality.estimate)))
+        for mark, time in timed
+    ]
+    bars, points = [], []
+    for (mark, time), (x, y), place in zip(timed, spots, _label_places([m.name for m, _ in timed], spots), strict=True):
+        bars.append(Markup('<g class="{}">{}').format(mark.place, _across(time, horizontal, y)))
+        if mark.quality.is_known:
+            ends = [_SCATTER_HEIGHT * (1 - vertical.share(end)) for end in (mark.quality.low, mark.quality.high)]
+            bars.append(
+                Markup('<line class="interval" x1="{0:.2f}%" x2="{0:.2f}%" y1="{1:.1f}" y2="{2:.1f}"/>').format(
+                    x, *ends
+                )
+            )
+        bars.append(Markup("</g>"))
+        points.append(
+            Markup('<svg class="mark {}" x="{:.2f}%" y="{:.1f}" overflow="visible">{}{}{}</svg>').format(
+                mark.place, x, y, _leader(place), _shape(mark.place), _name(mark.name, place)
+            )
+        )
+    words = "; ".join(f"{_in_words(mark)}, {time.estimate_text} times" for mark, time in timed)
+    return Markup(
+        '<svg class="scatter" role="img" aria-label="{}" height="{}">{}{}'
+        '<text class="axis" x="0" y="-14">{}</text>'
+        '<text class="axis" x="100%" y="{}" text-anchor="end">{}</text>{}{}</svg>'
+    ).format(
+        f"{label} against {time_label}: {words}.",
+        _SCATTER_HEIGHT,
+        _rows(vertical, _SCATTER_HEIGHT),
+        _columns(horizontal, _SCATTER_HEIGHT, "×"),
+        label,
+        _SCATTER_HEIGHT + 38,
+        time_label,
+        Markup("").join(bars),
+        Markup("").join(points),
+    )
+
+
+def _in_words(mark: Mark) -> str:
+    return f"{mark.name} {mark.quality.estimate_text} ({mark.quality.interval_text}), {mark.place}"
+
+
+def _is_drawable(reading: Reading) -> bool:
+    return all(abs(value) <= _DRAWABLE[1] for value in _span(reading))
+
+
+def _span(reading: Reading) -> tuple[float, ...]:
+    """Return the ends of what is drawn of a reading."""
+    return (reading.low, reading.estimate, reading.high) if reading.is_known else (reading.estimate,)
+
+
+def _shared_axis(readings: Sequence[Reading]) -> _Axis:
+    """Make the axis that shows all readings: logarithmic where the estimates are a hundred times apart."""
+    estimates = [reading.estimate for reading in readings]
+    ends = [end for reading in readings for end in _span(reading)]
+    if min(estimates) > _DRAWABLE[0] and max(estimates) / min(estimates) >= LOGARITHMIC_RANGE:
+        low = min([end for end in ends if end >= min(estimates) / LOGARITHMIC_RANGE])
+        return _axis(low, max(ends), _logarithmic_ticks(low, max(ends)), is_logarithmic=True)
+    return _axis(min(ends), max(ends), _ticks(min(ends), max(ends)), is_logarithmic=False)
+
+
+def _ratio_axis(readings: Sequence[Reading]) -> _Axis:
+    """Make the axis of ratios, in doublings where they are far apart."""
+    low, high = min(min(_span(each)) for each in readings), max(max(_span(each)) for each in readings)
+    estimates = [reading.estimate for reading in readings]
+    if min(estimates) > _DRAWABLE[0] and max(estimates) / min(estimates) >= _RANGE_FACTOR:
+        low = max(low, min(estimates) / 2)
+        first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+        stride = max(1, math.ceil((last - first) / 5))
+        ticks = [2.0**exponent for exponent in range(first, last + stride, stride)]
+        return _axis(low, high, ticks, is_logarithmic=True)
+    return _axis(low, high, _ticks(low, high), is_logarithmic=False)
+
+
+def _across(reading: Reading, axis: _Axis, y: float) -> Markup:
+    """Draw an interval along a horizontal axis, or nothing where it is unknown."""
+    if not reading.is_known:
+        return Markup("")
+    ends = [100 * axis.share(end) for end in (reading.low, reading.high)]
+    return Markup('<line class="interval" x1="{:.2f}%" x2="{:.2f}%" y1="{y:.1f}" y2="{y:.1f}"/>').format(*ends, y=y)
+
+
+def _shape(place: str) -> Markup:
+    return Markup('<path class="shape" d="{}"/>').format(SHAPES[place])
+
+
+@dataclass(frozen=True)
+class _LabelPlace:
+    """Where a label begins or ends: pixels to the right of its mark and below it."""
+
+    offset: float
+    fall: float
+    ends_there: bool
+
+
+def _label_places(names: Sequence[str], spots: Sequence[tuple[float, float]]) -> list[_LabelPlace]:
+    """Find a place beside each mark where its label covers no mark and no other label.
+
+    The chart is taken to be as narrow as on a phone. Where it is wider, labels on the same side of their marks move
+    apart and those on facing sides do too, so what is free there is free everywhere.
+    """
+    taken = [_box(x / 100 * _NARROWEST_SCATTER, y, _MARK_RADIUS, _MARK_RADIUS, _MARK_RADIUS) for x, y in spots]
+    places = []
+    for name, (x, y) in zip(names, spots, strict=True):
+        beside = list(_beside(x / 100 * _NARROWEST_SCATTER, y, _LETTER_WIDTH * len(name)))
+        inside = [each for each in beside if _is_inside(each[1])] or beside
+        free = (each for each in inside if not any(_overlap(each[1], other) for other in taken))
+        place, box = next(free, inside[0])
+        places.append(place)
+        taken.append(box)
+    return places
+
+
+def _beside(x: float, y: float, width: float) -> Iterator[tuple[_LabelPlace, _Box]]:
+    """Yield where a label can lie beside a mark, the nearest first, with the box that it fills there."""
+    sides = (False, True) if x < _NARROWEST_SCATTER / 2 else (True, False)
+    for step in range(round(_SCATTER_HEIGHT / _LABEL_HEIGHT)):
+        beyond = _LABEL_HEIGHT * (step + 0.8)  # above or below the interval of the time
+        for fall in (-beyond, beyond):
+            for ends_there in sides:
+                place = _LabelPlace(-9.0 if ends_there else 9.0, fall, ends_there)
+                left, right = (width, 0.0) if ends_there else (0.0, width)
+                yield place, _box(x + place.offset, y + fall, left, right, _LABEL_HEIGHT / 2)
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _box(x: float, y: float, left: float, right: float, half_height: float) -> _Box:
+    return x - left, x + right, y - half_height, y + half_height
+
+
+def _is_inside(box: _Box) -> bool:
+    left, right, top, bottom = box
+    return (
+        left >= -_LEFT_MARGIN and right <= _NARROWEST_SCATTER + _RIGHT_MARGIN and top >= 0 and bottom <= _SCATTER_HEIGHT
+    )
+
+
+def _overlap(first: _Box, second: _Box) -> bool:
+    return first[0] < second[1] and second[0] < first[1] and first[2] < second[3] and second[2] < first[3]
+
+
+def _leader(place: _LabelPlace) -> Markup:
+    """Draw the line from a mark to a label that had to move away from it."""
+    if abs(place.fall) <= _LABEL_HEIGHT:
+        return Markup("")
+    return Markup('<line class="leader" x2="{:.0f}" y2="{:.1f}"/>').format(place.offset * 0.8, place.fall)
+
+
+def _name(name: str, place: _LabelPlace) -> Markup:
+    return Markup('<text class="member" x="{:.0f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
+        place.offset, place.fall + 4, "end" if place.ends_there else "start", name
+    )
