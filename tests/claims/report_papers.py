@@ -1,7 +1,7 @@
 """Papers for the tests of the report: small experiments on means and medians, whose truth is known."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 
 import numpy as np
@@ -21,7 +21,9 @@ from postern.claims import (
     Unavailable,
     Within,
 )
+from postern.claims.comparison import TIMING, Contest, Experiment, Member, Ranking, Setting, rank
 from postern.claims.outcome import Job, JobResult, Outcome, Status, conclude
+from tests.claims import contest
 
 HOSTILE = '<script>document.title = "taken over"</script>'
 
@@ -250,3 +252,61 @@ def run_all() -> list[Outcome]:
         run(medians["error-falls"]),
         *(run(claim) for claim in troubles.values()),
     ]
+
+
+def compare(setting: Setting, seeds: int = 4, family: Contest = contest.CONTEST) -> Ranking:
+    """Train and time the members of a setting in this process and rank them."""
+    results = []
+    for name in (*setting.members, TIMING):
+        for seed in range(seeds):
+            job = Job(
+                contest.__name__,
+                f"compare-{family.family}",
+                name,
+                setting.identity,
+                seed,
+                fingerprint="0" * 64,
+                threads=2 if name == TIMING else 1,
+                setting=setting.to_text(),
+            )
+            try:
+                measurement = Experiment(family, name, setting).measure(job.scale, seed)
+                results.append(JobResult(job, Status.DONE, "", measurement, 0.5, "", FINISHED))
+            except ArithmeticError as error:
+                message, output = f"ArithmeticError: {error} {HOSTILE}", f"step 1\n{HOSTILE}\n"
+                results.append(JobResult(job, Status.ERROR, message, output=output, finished=FINISHED))
+    return rank(family, setting, results)
+
+
+def crowd(size: int) -> Ranking:
+    """Compare members whose qualities and times lie close together, but for one that is far from them."""
+    names = [f"member-{index}" for index in range(size)]
+    family = replace(
+        contest.CONTEST,
+        family="crowd",
+        members=tuple(Member(name, "one of many", "torch.softmax", "robust-location") for name in names),
+        train=lambda name, setting, run: {
+            "accuracy": 0.5
+            + 0.02 * (7 * names.index(name) % size)
+            - 0.4 * (name == names[-1])
+            + 0.01 * run.rng().normal(),
+            "learning_rate": 2e-3,
+        },
+        time=lambda setting, run: {
+            name: 1 + 0.1 * (5 * index % size) + 3 * (name == names[-1]) + 0.05 * run.rng().random()
+            for index, name in enumerate(names)
+        },
+    )
+    return compare(replace(TOYS, members=tuple(names), learning_rates=(1e-3, 2e-3, 3e-3)), seeds=3, family=family)
+
+
+TOYS = replace(
+    contest.setting("leader", "rival", "loser", "broken"), data=f"<b>x</b>.csv {HOSTILE}", label=f"kind {HOSTILE}"
+)
+ONE_SEED = contest.setting("leader", "rival", kind="text")
+COMPARED = tuple(f"comparisons/toys-{setting.identity}.html" for setting in (TOYS, ONE_SEED))
+
+
+def compare_all() -> list[Ranking]:
+    """Return one comparison with every place, and one of one seed."""
+    return [compare(TOYS), compare(ONE_SEED, seeds=1)]

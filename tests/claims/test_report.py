@@ -23,10 +23,24 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from postern.claims import AtLeast, Verdict, ledger
+from postern.claims.comparison import Place, rank
 from postern.claims.outcome import conclude
 from postern.claims.report import charts, colours, figures, highlight, site, text, views, write_report
 from tests.claims import report_papers
-from tests.claims.report_papers import HOSTILE, MEDIANS, PAPERS, PLANNED, TROUBLES, run, run_all
+from tests.claims.contest import CONTEST, setting
+from tests.claims.report_papers import (
+    COMPARED,
+    HOSTILE,
+    MEDIANS,
+    PAPERS,
+    PLANNED,
+    TOYS,
+    TROUBLES,
+    compare,
+    compare_all,
+    run,
+    run_all,
+)
 
 LAPLACE = MEDIANS.claims["helps-with-laplace"]
 COIN = MEDIANS.claims["coin-is-lucky"]
@@ -86,9 +100,14 @@ def documents(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory, outcomes, documents):
+def rankings():
+    return compare_all()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, outcomes, documents, rankings):
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, PAPERS, outcomes, documents, {"processor": "One & Only", "torch": "2"})
+    write_report(folder, PAPERS, outcomes, documents, {"processor": "One & Only", "torch": "2"}, rankings)
     return folder
 
 
@@ -414,11 +433,76 @@ def test_every_curve_lies_inside_its_chart(values):
     assert all(-0.1 <= x <= 1000.1 and -0.1 <= y <= 1000.1 for x, y in points)
 
 
+def mark(name, place, quality, half=0.0, time=None):
+    readings = [charts.Reading("", value, value - half, value + half) for value in (quality, time) if value is not None]
+    return charts.Mark(name, place, *readings)
+
+
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(0, 1e6)), min_size=1, max_size=6))
+def test_intervals_of_members_lie_on_one_axis(members):
+    marks = [mark(f"m{i}", "behind", quality, half) for i, (quality, half) in enumerate(members)]
+    lanes = charts.quality_lanes(marks, "quality")
+    lows, highs = positions(lanes, "interval", "x1"), positions(lanes, "interval", "x2")
+    heres, ticks = positions(lanes, "mark", "x"), positions(lanes, "grid", "x1")
+    assert len(heres) == len(members)
+    assert all(0 <= low <= here <= high <= 100 for low, here, high in zip(lows, heres, highs, strict=True))
+    assert ticks == sorted(ticks)
+    order = sorted(range(len(members)), key=lambda i: members[i][0])
+    assert [heres[i] for i in order] == sorted(heres)
+    is_linear = min(q for q, _ in members) <= 0 or max(q for q, _ in members) < 100 * min(q for q, _ in members)
+    if is_linear:
+        (quality, half), width = members[0], highs[0] - lows[0]
+        for (other, other_half), low, high in zip(members, lows, highs, strict=True):
+            assert (high - low) * half == pytest.approx(width * other_half, abs=0.03 * max(half, other_half))
+            assert (high + low - highs[0] - lows[0]) * half == pytest.approx(
+                width * (other - quality), abs=0.05 * max(half, abs(other - quality))
+            )
+
+
+def test_charts_of_members_say_what_they_show():
+    marks = [mark("one", "best", 0.5, 0.01, 2.0), mark("two", "behind", 0.4, 0.02, 4.0)]
+    lanes = charts.quality_lanes(marks, "accuracy (higher is better)")
+    words = "accuracy (higher is better): one 0.500 (0.490 to 0.510), best; two 0.400 (0.380 to 0.420), behind."
+    assert f'aria-label="{words}"' in lanes
+    scatter = charts.quality_by_time(marks, "accuracy", "step time")
+    assert "one 0.500 (0.490 to 0.510), best, 2.000 times; two" in scatter
+    assert charts.SHAPES["best"] in lanes
+    assert charts.SHAPES["behind"] in scatter
+    hostile = [mark("<b>", "best", 1.0, time=1.0)]
+    for chart in (charts.quality_lanes(hostile, "<b>"), charts.quality_by_time(hostile, "<b>", "<b>")):
+        assert "b" not in [tag for tag, _ in Page(chart).tags]
+
+
+def test_one_seed_has_no_interval_in_the_charts_of_members():
+    lone = charts.Reading("", 0.5, -math.inf, math.inf)
+    lanes = charts.quality_lanes([charts.Mark("one", "best", lone, lone)], "accuracy")
+    assert positions(lanes, "mark", "x") == [50]
+    assert not positions(lanes, "interval", "x1")
+    assert "unknown with one seed" in lanes
+    assert not positions(charts.quality_by_time([charts.Mark("one", "best", lone, lone)], "a", "t"), "interval", "x1")
+
+
+def test_members_that_are_worlds_apart_share_a_logarithmic_axis():
+    marks = [mark(f"m{i}", "behind", 10.0**i, time=2.0**i) for i in range(5)]
+    assert np.diff(positions(charts.quality_lanes(marks, "loss"), "mark", "x")) == pytest.approx([25] * 4, abs=0.02)
+    scatter = charts.quality_by_time(marks, "loss", "time")
+    assert np.diff(positions(scatter, "mark", "x")) == pytest.approx([25] * 4, abs=0.02)
+    wide = charts.quality_lanes([mark("a", "best", 1.0, 5.0), mark("b", "behind", 1e4, 9e9)], "loss")
+    assert all(0 <= x <= 100 for x in positions(wide, "interval", "x1") + positions(wide, "interval", "x2"))
+
+
+def test_members_without_times_are_not_drawn_against_time():
+    timed = mark("timed", "best", 1.0, 0.1, 2.0)
+    assert charts.quality_by_time([mark("untimed", "behind", 2.0)], "q", "t") == ""
+    assert "untimed" not in charts.quality_by_time([timed, mark("untimed", "behind", 2.0)], "q", "t")
+    assert charts.quality_lanes([mark("huge", "best", 1e200)], "q") == ""
+
+
 # Pages
 
 
 def test_every_paper_has_a_page_and_every_link_an_end(report, pages):
-    assert set(pages) == {"index.html"} | {f"papers/{paper.slug}.html" for paper in PAPERS}
+    assert set(pages) == {"index.html", *COMPARED} | {f"papers/{paper.slug}.html" for paper in PAPERS}
     for name, page in pages.items():
         for href in page.values("href"):
             if href.startswith(("https://arxiv.org/", "https://github.com/", "data:")):
@@ -534,6 +618,155 @@ def test_a_paper_is_used_as_its_page_says(pages):
     assert "With an even number of values, median returns" in shown
     assert "The original uses tables" in shown
     assert "One & Only" in shown
+
+
+# Comparisons
+
+
+def rows_of(source):
+    """The cells of a comparison's table, row by row, the first cell being the whole head of the row."""
+    table = re.search(r'<table class="ranks">.*?</table>', source, re.DOTALL)[0]
+    rows = re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+    return [
+        [" ".join(Page(cell).text.split()) for cell in re.findall(r"<t[hd].*?</t[hd]>", r, re.DOTALL)] for r in rows
+    ]
+
+
+def test_a_comparison_shows_every_member_with_its_place_and_numbers(report):
+    source = (report / COMPARED[0]).read_text()
+    heading, best, level, behind, error = rows_of(source)
+    assert heading == [
+        "Member",
+        "Place",
+        "Test accuracy, % higher is better",
+        "Difference to the best paired by seed; below 0 is worse",
+        "Test loss, nats lower is better",
+        "Memory, MiB lower is better",
+        "Step time multiple of leader’s; lower is better",
+        "Learning rate chosen on validation data",
+    ]
+    assert best[:4] == ["leader wins from torch import softmax", "Best", "90.8 89.2 to 92.3", "–"]
+    assert best[6:] == ["1.00", "0.001"]
+    assert level[1:4] == ["Level", "90.5 87.2 to 93.8", "−0.3 −2.6 to 2.1"]
+    assert behind[1:5] == ["Behind", "81.2 79.7 to 82.8", "−9.50 −10.42 to −8.58", "–"]  # it has no loss
+    assert behind[6] == "0.500"
+    assert error[1:] == ["Error", f"seed 0: ArithmeticError: diverged {HOSTILE}"]
+    page = Page(source)
+    assert [" ".join(words.split()) for words in re.findall(r"<dd>([a-z]+)</dd>", source)][:4] == [
+        "leader", "rival", "loser", "broken"
+    ]  # fmt: skip
+    words = " ".join(page.text.split())
+    for expected in (
+        "A toy is trained. 4 members with the same data",
+        "Budget100 steps a training",
+        "Learning rates to choose from0.001, 0.003",
+        "Seeds0 to 3",
+        "Devicecpu, 1 thread",
+        "Device of the timescpu, 2 threads",
+        "Date2026-03-04",
+        "Time of all jobs8.0 s",
+        f"Label columnkind {HOSTILE}",
+        f"step 1 {HOSTILE}",
+        "the highest mean over the seeds (test accuracy, %). It was chosen by the very seeds that are shown",
+        "One seed tells nothing",
+        "for leader, rival, loser: a wider grid may bring more",
+    ):
+        assert expected in words
+    assert {"91.0", "90.0", "80.0"} <= set(page.values("title"))
+
+
+def test_a_comparisons_charts_and_badges_tell_places_apart_by_shape(report):
+    page = Page((report / COMPARED[0]).read_text())
+    lanes, scatter = (
+        next(a for tag, a in page.tags if a.get("class") == kind and a["role"] == "img")
+        for kind in ("lanes", "scatter")
+    )
+    assert "leader 90.8 (89.2 to 92.3), best; rival 90.5 (87.2 to 93.8), level; loser" in lanes["aria-label"]
+    assert "loser 81.2 (79.7 to 82.8), behind, 0.500 times" in scatter["aria-label"]
+    assert "broken" not in lanes["aria-label"]
+    shapes = Counter(a["d"] for tag, a in page.tags if tag == "path" and "d" in a)
+    assert all(shapes[shape] >= 4 for shape in charts.SHAPES.values())  # in both charts and in two badges
+    assert len(set(charts.SHAPES.values())) == len(charts.SHAPES) == 3
+
+
+def test_names_of_data_are_text(report):
+    for name in ("index.html", *COMPARED):
+        source = (report / name).read_text()
+        assert "<b>x" not in source
+        assert HOSTILE not in source
+    assert f"<title>Toys on {html.escape(TOYS.data)}" in (report / COMPARED[0]).read_text().replace("&#34;", "&quot;")
+
+
+def test_the_index_lists_comparisons_only_where_there_are_any(report, tmp_path, rankings):
+    index = (report / "index.html").read_text()
+    section = Page(re.search(r'<section id="comparisons".*?</section>', index, re.DOTALL)[0])
+    assert section.values("href") == list(COMPARED)
+    words = " ".join(section.text.split())
+    assert f"Toys on {TOYS.data} Best leader 1 level, 1 behind, 1 without a result, 4 seeds · 4 March 2026" in words
+    assert "Toys on wine Best rival 1 level, 1 seed" in words
+    assert "comparisons" not in re.sub(r"<style>.*?</style>", "", write(tmp_path).read_text(), flags=re.DOTALL)
+    nobody = rank(CONTEST, setting("leader", "loser"), [])
+    assert "Nobody came through" in Page(write(tmp_path, nobody).read_text()).text
+    [path] = (tmp_path / "comparisons").iterdir()
+    assert [row[1:] for row in rows_of(path.read_text())[1:]] == [["Error", "was not run"]] * 2
+    assert "Charts" not in Page(path.read_text()).text
+
+
+def write(folder, *comparisons, papers=PAPERS):
+    return write_report(folder, papers, [], comparisons=comparisons)
+
+
+def test_one_seed_and_less_is_better_are_said(report):
+    source = (report / COMPARED[1]).read_text()
+    words = " ".join(Page(source).text.split())
+    assert "One seed gives no interval, so it tells nobody apart" in words
+    assert "the lowest mean over the seeds (test loss, nats)" in words
+    assert rows_of(source)[2][1:4] == ["Level", "0.100 no interval", "−0.0100 no interval"]
+    assert "Label column" not in words
+    assert "interval of each member" not in words
+
+
+def test_members_link_to_their_papers_where_the_catalogue_has_them(tmp_path):
+    family = replace(CONTEST, members=(CONTEST.members[0], replace(CONTEST.members[2], paper="robust-location")))
+    known = compare(setting("leader", "loser"), family=family)
+    write(tmp_path, known)
+    [path] = (tmp_path / "comparisons").iterdir()
+    assert "../papers/robust-location.html" in Page(path.read_text()).values("href")
+    assert "Medians for Heavy Tails" in rows_of(path.read_text())[2][0]
+    write(tmp_path, known, papers=[PLANNED])
+    assert "Medians" not in Page(path.read_text()).text
+
+
+def test_without_times_there_is_no_chart_against_time(tmp_path):
+    def breaks(setting, run):
+        raise ArithmeticError("no clock")
+
+    write(tmp_path, compare(setting("leader", "loser"), family=replace(CONTEST, time=breaks)))
+    [path] = (tmp_path / "comparisons").iterdir()
+    page = Page(path.read_text())
+    assert "Steps were not timed with 4 seeds: ArithmeticError: no clock" in page.text
+    assert "lanes" in page.values("class")
+    assert "scatter" not in page.values("class")
+    assert "Step time" not in page.text
+
+
+def test_pages_of_comparisons_that_are_gone_are_removed(tmp_path, rankings):
+    write(tmp_path, *rankings)
+    (tmp_path / "comparisons/mine.html").write_text("<p>mine</p>")
+    write(tmp_path, rankings[1])
+    assert {path.name for path in (tmp_path / "comparisons").iterdir()} == {Path(COMPARED[1]).name, "mine.html"}
+    write(tmp_path)
+    assert {path.name for path in (tmp_path / "comparisons").iterdir()} == {"mine.html"}
+
+
+def test_a_comparison_given_twice_is_refused_before_anything_is_written(tmp_path, rankings):
+    with pytest.raises(ValueError, match="expected every comparison once, got comparisons/toys-"):
+        write(tmp_path / "report", rankings[0], rankings[0])
+    assert not (tmp_path / "report").exists()
+
+
+def test_every_place_has_a_name():
+    assert set(site.rankings.PLACE_NAMES) == set(Place)
 
 
 # Verdicts
@@ -688,14 +921,14 @@ def snapshot(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_same_report_is_written_the_same_and_only_once(tmp_path, report, outcomes, documents):
+def test_the_same_report_is_written_the_same_and_only_once(tmp_path, report, outcomes, documents, rankings):
     environment = {"processor": "One & Only", "torch": "2"}
-    index = write_report(tmp_path, PAPERS, outcomes, documents, environment)
+    index = write_report(tmp_path, PAPERS, outcomes, documents, environment, rankings)
     assert index == tmp_path / "index.html"
     assert snapshot(tmp_path) == snapshot(report)
     for path in tmp_path.rglob("*.html"):
         os.utime(path, (1, 1))
-    write_report(tmp_path, PAPERS, outcomes, documents, environment)
+    write_report(tmp_path, PAPERS, outcomes, documents, environment, rankings)
     assert {path.stat().st_mtime for path in tmp_path.rglob("*.html")} == {1}
 
 
@@ -711,8 +944,8 @@ def test_a_second_report_updates_the_first(tmp_path, outcomes):
     assert 'data-verdicts="holds|not run"' in (tmp_path / "index.html").read_text()
 
 
-@pytest.mark.parametrize("survivors", range(4))
-def test_an_interrupted_update_leaves_a_whole_site(tmp_path, monkeypatch, outcomes, survivors):
+@pytest.mark.parametrize("survivors", range(5))
+def test_an_interrupted_update_leaves_a_whole_site(tmp_path, monkeypatch, outcomes, rankings, survivors):
     added = replace(PLANNED, slug="added", title="Added")
     removed = PLANNED
     write_report(tmp_path, [*PAPERS], [])
@@ -727,11 +960,11 @@ def test_an_interrupted_update_leaves_a_whole_site(tmp_path, monkeypatch, outcom
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_report(tmp_path, [MEDIANS, TROUBLES, added], outcomes)
+        write_report(tmp_path, [MEDIANS, TROUBLES, added], outcomes, comparisons=rankings[:1])
     after = snapshot(tmp_path)
     assert after["index.html"] == before["index.html"]
     assert f"papers/{removed.slug}.html" in after
-    assert set(after) - set(before) <= {"papers/added.html"}
+    assert set(after) - set(before) <= {"papers/added.html", COMPARED[0]}
     for href in Page(after["index.html"].decode()).values("href"):
         address, fragment = urldefrag(href)
         if address.endswith(".html"):

@@ -8,7 +8,7 @@ import pytest
 
 from postern.claims import ledger
 from postern.claims.report import write_report
-from tests.claims.report_papers import MEDIANS, PAPERS, run, run_all
+from tests.claims.report_papers import COMPARED, MEDIANS, PAPERS, compare_all, crowd, run, run_all
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
@@ -25,7 +25,9 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PAGES = ("index.html", *(f"papers/{paper.slug}.html" for paper in PAPERS))
+CROWD = crowd(9)
+CROWDED = f"comparisons/crowd-{CROWD.setting.identity}.html"
+PAGES = ("index.html", *(f"papers/{paper.slug}.html" for paper in PAPERS), *COMPARED, CROWDED)
 ALL = ["Medians for Heavy Tails", "Experiments in Trouble", "A Paper Still to Come"]
 
 # Text that is drawn, with its colour and what lies behind it: every background from the page down, blended.
@@ -58,7 +60,8 @@ def report(tmp_path_factory):
     published = [run(MEDIANS.claims[name], seeds=range(1000, 1006)) for name in ("helps-with-laplace", "coin-is-lucky")]
     ledger.publish(results, published, "a" * 40)
     folder = tmp_path_factory.mktemp("report")
-    write_report(folder, PAPERS, run_all(), ledger.read_all(results), {"processor": "a processor", "torch": "2"})
+    environment = {"processor": "a processor", "torch": "2"}
+    write_report(folder, PAPERS, run_all(), ledger.read_all(results), environment, [*compare_all(), CROWD])
     return folder
 
 
@@ -182,7 +185,8 @@ def test_everything_has_a_name_for_who_cannot_see_it(reader, name):
         assert landmarks.count(landmark) == 1
     drawn = page.locator("svg:visible:not([aria-hidden=true]):not(svg svg)").count()
     assert [kind for kind, _ in named].count("image") >= drawn
-    assert drawn >= {"index.html": 0, "papers/robust-location.html": 10, "papers/troubles.html": 3}.get(name, 0)
+    expected = {"papers/robust-location.html": 10, "papers/troubles.html": 3} | dict.fromkeys([*COMPARED, CROWDED], 2)
+    assert drawn >= expected.get(name, 0)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -487,3 +491,83 @@ def test_the_table_of_contents_leads_to_the_claims(reader):
     page.get_by_role("navigation", name="On this page").get_by_role("link", name="Error falls").click()
     until(page, "Math.abs(document.querySelector('#claim-error-falls').getBoundingClientRect().y) < 100")
     assert fragment(page) == "#claim-error-falls"
+
+
+# Comparisons
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_marks_and_intervals_of_members_stand_out(reader, theme):
+    page = reader(COMPARED[0], theme=theme)
+    contrasts = page.evaluate(
+        """() => {
+      const light = colour => { const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number)
+        .map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+      const surface = light(getComputedStyle(document.querySelector(".card")).backgroundColor);
+      return [...document.querySelectorAll(".mark .shape, .card .interval")].map(e => {
+        const style = getComputedStyle(e), colour = light(e.matches(".shape") ? style.fill : style.stroke);
+        const [a, b] = [colour, surface].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05);
+      });
+    }"""
+    )
+    assert len(contrasts) == 3 * 2 + 3 + 2 * 3  # marks in both charts, lanes, and both directions
+    assert min(contrasts) >= 3
+
+
+def test_the_best_a_level_one_and_a_loser_differ_in_words_shape_and_colour(reader):
+    page = reader(COMPARED[0])
+    badges = page.locator(".ranks .badge")
+    assert badges.all_inner_texts() == ["Best", "Level", "Behind", "Error"]
+    looks = badges.evaluate_all("all => all.map(e => [e.querySelector('svg').innerHTML, getComputedStyle(e).color])")
+    assert len({shape for shape, _ in looks}) == len({colour for _, colour in looks}) == 4
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 768, 1280, 1920])
+def test_labels_in_the_chart_against_time_cover_nothing(reader, width):
+    page = reader(CROWDED, width=width)
+    covered = page.evaluate(
+        """() => {
+      const box = e => e.getBoundingClientRect(), marks = [...document.querySelectorAll(".scatter .shape")];
+      const names = [...document.querySelectorAll(".scatter .member")];
+      const touch = (a, b) => a.left < b.right && b.left < a.right && a.top + 1 < b.bottom && b.top + 1 < a.bottom;
+      return names.flatMap(name => [...names, ...marks].filter(other => other !== name && touch(box(name), box(other)))
+        .map(other => [name.textContent, other.textContent]));
+    }"""
+    )
+    assert page.locator(".scatter .member").count() == 9
+    assert covered == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_charts_of_members_lie_inside_their_cards(reader, width):
+    for name in (*COMPARED, CROWDED):
+        outside = reader(name, width=width).evaluate(
+            """() => [...document.querySelectorAll(".card .lanes *, .card .scatter *")].filter(e => {
+          const card = e.closest(".card").getBoundingClientRect(), box = e.getBoundingClientRect();
+          return box.left < card.left || box.right > card.right || box.top < card.top || box.bottom > card.bottom;
+        }).map(e => e.outerHTML)"""
+        )
+        assert outside == []
+
+
+def test_a_wide_table_of_members_scrolls_in_its_own_box(reader):
+    page = reader(COMPARED[0], width=390)
+    box = page.get_by_role("region", name="Members of toys, best first")
+    box.focus()
+    page.keyboard.press("ArrowRight")
+    until(page, "document.activeElement.scrollLeft > 0")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_the_index_leads_to_a_comparison_and_back(reader):
+    page = reader()
+    page.get_by_role("link", name=re.compile("Crowd on wine|Crowd on <b>x")).click()
+    assert page.locator("h1").inner_text().startswith("Crowd on <b>x</b>.csv")
+    page.get_by_role("link", name="Medians for Heavy Tails").first.click()
+    assert page.locator("h1").inner_text() == "Medians for Heavy Tails"
+    page.go_back()
+    page.get_by_role("link", name="Comparisons").click()
+    assert fragment(page) == "#comparisons"
+    assert titles(page) == ALL

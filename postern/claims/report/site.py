@@ -21,10 +21,11 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from postern.claims.comparison import Place, Ranking
 from postern.claims.criteria import Verdict
 from postern.claims.outcome import Outcome
 from postern.claims.paper import Paper
-from postern.claims.report import charts, colours, figures, text, views
+from postern.claims.report import charts, colours, figures, rankings, text, views
 
 GENERATOR = "postern"
 
@@ -39,12 +40,13 @@ def write_report(
     outcomes: Sequence[Outcome],
     published: Sequence[views.Evidence] = (),
     environment: Mapping[str, str] | None = None,
+    comparisons: Sequence[Ranking] = (),
 ) -> Path:
     """Write the report of a run as a static site that opens from the file system.
 
     The folder may hold a former report, which is updated: pages whose content stays are not touched, pages of papers
-    that are gone are removed, other files are left alone. Interrupted at any moment, the index that is there is whole
-    and its links lead to pages.
+    and comparisons that are gone are removed, other files are left alone. Interrupted at any moment, the index that is
+    there is whole and its links lead to pages.
 
     Args:
         folder: where the site goes; made if it is not there.
@@ -52,14 +54,17 @@ def write_report(
         outcomes: what was run, at most one outcome for a claim and a scale.
         published: published evidence, as outcomes or as the ledger's documents; shown beside this run's outcomes.
         environment: what the run took place on, e.g. ``{"processor": "...", "torch": "2.13.0"}``.
+        comparisons: how members of families compare, in the order that the index lists them.
 
     Returns:
         The path of ``index.html``.
 
     Raises:
-        ValueError: papers, outcomes or evidence that contradict each other. Nothing has been written then.
+        ValueError: papers, outcomes or evidence that contradict each other, or a comparison given twice. Nothing has
+            been written then.
     """
     shown = views.paper_views(papers, outcomes, published)
+    compared = rankings.ranking_views(comparisons, papers)
     templates = _templates()
     common = {"environment": dict(environment or {}), "papers": shown}
     pages = {
@@ -67,19 +72,25 @@ def write_report(
             common | {"view": view, "root": "../", "inks": _inks(view.inks)}
         )
         for view in shown
+    } | {
+        view.href: templates.get_template("comparison.html").render(common | {"view": view, "root": "../", "inks": ""})
+        for view in compared
     }
     families = sorted({paper.family for paper in papers})
     index = templates.get_template("index.html").render(
-        common | {"root": "", "inks": "", "tallies": views.tallies(shown), "families": families}
+        common
+        | {"root": "", "inks": "", "tallies": views.tallies(shown), "families": families, "comparisons": compared}
     )
 
     folder = Path(folder)
-    (folder / "papers").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         _put(folder / name, page)
     _put(folder / "index.html", index)
-    for path in (folder / "papers").glob("*.html"):
-        if f"papers/{path.name}" not in pages and _MARK in path.read_text(encoding="utf-8", errors="replace"):
+    for path in (*folder.glob("papers/*.html"), *folder.glob("comparisons/*.html")):
+        is_ours = _MARK in path.read_text(encoding="utf-8", errors="replace")
+        if is_ours and path.relative_to(folder).as_posix() not in pages:
             path.unlink()
     return folder / "index.html"
 
@@ -117,9 +128,12 @@ def _templates() -> jinja2.Environment:
         "style": Markup((_HERE / "style.css").read_text(encoding="utf-8")),
         "scripts": {name: Markup(script) for name, script in scripts.items()},
         "policy": _policy(scripts.values()),
+        "Place": Place,
         "Verdict": Verdict,
         "meanings": views.MEANINGS,
+        "place_names": rankings.PLACE_NAMES,
         "interval_plot": charts.interval_plot,
+        "shapes": charts.SHAPES,
         "count": text.count,
     }
     environment.filters |= {"prose": _prose, "sentence": _sentence, "kebab": _kebab, "day": _day}

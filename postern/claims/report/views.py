@@ -343,7 +343,7 @@ def _from_outcome(outcome: Outcome, *, is_published: bool) -> Measured:
     facts = [
         ("Seeds", text.seed_list([job.seed for job in jobs]) if jobs else "none"),
         ("Time", text.duration(outcome.seconds) if outcome.seconds else ""),
-        ("Device", ", ".join(sorted({_device(job.device, job.threads) for job in jobs}))),
+        ("Device", ", ".join(sorted({device_in_words(job.device, job.threads) for job in jobs}))),
         ("Date", max(r.finished for r in outcome.results).date().isoformat() if jobs else ""),
     ]
     configuration = claim.scales.get(outcome.scale)
@@ -356,14 +356,14 @@ def _from_outcome(outcome: Outcome, *, is_published: bool) -> Measured:
         readings=readings,
         seeds=tuple(outcome.metrics),
         metrics=_metric_rows(outcome.metrics, claim.holds_when),
-        facts=_known(facts),
-        provenance=_known([("Configuration", _configuration(configuration))]),
+        facts=known_facts(facts),
+        provenance=known_facts([("Configuration", _configuration(configuration))]),
         curves=tuple(charts.curve_charts({r.job.seed: r.measurement.logs for r in done})),
         figures=tuple(_figures(pictured.measurement.figures, identifier)) if pictured else (),
         tables=tuple(_tables(pictured.measurement.tables)) if pictured else (),
         pictured_seed=pictured.job.seed if pictured and len(done) > 1 else None,
         message=outcome.message,
-        failures=tuple(_failures(outcome)),
+        failures=tuple(failures_of(outcome.results)),
     )
 
 
@@ -389,7 +389,7 @@ def _from_document(claim: Claim, document: Mapping[str, Any], index: int) -> Mea
     facts = [
         ("Seeds", text.seed_list(seeds)),
         ("Time", text.duration(float(seconds)) if seconds is not None else ""),
-        ("Device", _device(str(document.get("device") or ""), document.get("threads"))),
+        ("Device", device_in_words(str(document.get("device") or ""), document.get("threads"))),
         ("Date", str(document.get("date") or "")),
     ]
     provenance = [
@@ -416,8 +416,8 @@ def _from_document(claim: Claim, document: Mapping[str, Any], index: int) -> Mea
         readings=readings,
         seeds=tuple(metrics),
         metrics=_metric_rows(metrics, claim.holds_when),
-        facts=_known(facts),
-        provenance=_known(provenance),
+        facts=known_facts(facts),
+        provenance=known_facts(provenance),
         tables=tuple(_tables(document.get("tables") or {})),
         pictured_seed=seeds[0] if seeds else None,
         message=str(document.get("message") or ""),
@@ -425,7 +425,8 @@ def _from_document(claim: Claim, document: Mapping[str, Any], index: int) -> Mea
     )
 
 
-def _known(facts: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def known_facts(facts: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Leave out the facts that are empty."""
     return tuple((name, value) for name, value in facts if value)
 
 
@@ -440,7 +441,8 @@ def _meaning(verdict: Verdict, seeds: int, parts: int) -> str:
     return (_MEANINGS_OF_PARTS if parts > 1 else MEANINGS).get(verdict, MEANINGS[verdict])
 
 
-def _device(device: str, threads: object) -> str:
+def device_in_words(device: str, threads: object) -> str:
+    """Write a device with its threads: "cpu, 2 threads"."""
     return device if not threads else f"{device}, {text.count(int(str(threads)), 'thread')}"
 
 
@@ -508,14 +510,15 @@ def _published_judgement(claim: Claim, document: Mapping[str, Any], verdict: Ver
         ) from error
 
 
-def _failures(outcome: Outcome) -> Iterator[Failure]:
+def failures_of(results: Sequence[JobResult]) -> Iterator[Failure]:
+    """Yield the failures among results, those of one reason together."""
     alike: dict[tuple[Status, str], list[JobResult]] = {}
-    for result in outcome.results:
+    for result in results:
         if result.status is not Status.DONE:
             alike.setdefault((result.status, result.message), []).append(result)
-    for (status, message), results in alike.items():
-        seeds = tuple(result.job.seed for result in results)
-        yield Failure(seeds, status is Status.ERROR, message, text.terminal_output(results[0].output))
+    for (status, message), failed in alike.items():
+        seeds = tuple(result.job.seed for result in failed)
+        yield Failure(seeds, status is Status.ERROR, message, text.terminal_output(failed[0].output))
 
 
 def _metric_rows(metrics: Mapping[int, Metrics], criterion: Criterion) -> tuple[MetricRow, ...]:
