@@ -83,6 +83,7 @@ class Setting:
         members: who takes part, in the contest's order.
         steps: the budget: optimiser steps of one training.
         learning_rates: the grid; each member takes its best on validation data.
+        device: "cpu" or "cuda".
     """
 
     data: str
@@ -92,6 +93,7 @@ class Setting:
     members: tuple[str, ...]
     steps: int
     learning_rates: tuple[float, ...]
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.learning_rates or min(self.learning_rates) <= 0:
@@ -316,10 +318,11 @@ def rank(contest: Contest, setting: Setting, results: Iterable[JobResult]) -> Ra
     """
     by_name: dict[str, list[JobResult]] = {}
     for result in sorted(results, key=lambda each: each.job.seed):
-        by_name.setdefault(result.job.claim, []).append(result)
+        if result.job.claim in (*setting.members, TIMING):
+            by_name.setdefault(result.job.claim, []).append(result)
     quality = contest.quality[setting.kind]
     members = [contest.member(name) for name in setting.members]
-    failed = {member.name: _failure(by_name.get(member.name, ())) for member in members}
+    failed = {member.name: _failure(by_name.get(member.name, ()), quality) for member in members}
     values = {
         member.name: {r.job.seed: r.measurement.metrics[quality.name] for r in by_name[member.name]}
         for member in members
@@ -342,10 +345,15 @@ def rank(contest: Contest, setting: Setting, results: Iterable[JobResult]) -> Ra
     )
 
 
-def _failure(results: Sequence[JobResult]) -> str:
+def _failure(results: Sequence[JobResult], quality: Quantity) -> str:
     if not results:
         return "was not run"
-    return next((f"seed {r.job.seed}: {r.message}" for r in results if r.status is not Status.DONE), "")
+    for result in results:
+        if result.status is not Status.DONE:
+            return f"seed {result.job.seed}: {result.message}"
+        if quality.name not in result.measurement.metrics:
+            return f"seed {result.job.seed}: returned no {quality.name}, which decides"
+    return ""
 
 
 def _standing(

@@ -128,7 +128,6 @@ def plan_comparison(
     *,
     seeds: Sequence[int],
     finished: Store | None = None,
-    device: str = "cpu",
     time_limit_s: float = TIME_LIMITS_S["full"],
 ) -> Plan:
     """Plan the jobs of a comparison: one a member and seed, and one a seed that times all members by turns.
@@ -139,7 +138,6 @@ def plan_comparison(
         engine: tells what a job may use.
         seeds: the seeds, the same for all members.
         finished: a store whose finished jobs need not run again, for resuming.
-        device: "cpu" or "cuda".
         time_limit_s: seconds after which a job is stopped.
     """
     jobs: list[Job] = []
@@ -155,7 +153,7 @@ def plan_comparison(
                 scale=setting.identity,
                 seed=seed,
                 fingerprint="",
-                device=device,
+                device=setting.device,
                 threads=share.threads,
                 time_limit_s=time_limit_s,
                 memory_limit=share.memory,

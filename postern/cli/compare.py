@@ -81,14 +81,12 @@ def compare(
         fail("--device cuda: there is no CUDA device; leave --device out")
     try:
         contest = contests.find(family)
-        setting = _setting(contest, data, label, members, budget, _rates(learning_rates), as_json)
+        setting = _setting(contest, data, label, members, budget, _rates(learning_rates), device, quiet=as_json)
     except CannotCompare as error:
         fail(str(error))
     display = choose_display(as_json)
     with Store(out) as store:
-        planned = plan_comparison(
-            contest, setting, runner, seeds=range(seeds), finished=store if resume else None, device=device
-        )
+        planned = plan_comparison(contest, setting, runner, seeds=range(seeds), finished=store if resume else None)
         try:
             with closing(run_jobs(planned, runner, store, display)) as running:
                 ranking = rank(contest, setting, list(running))
@@ -121,6 +119,8 @@ def _setting(
     members: str | None,
     budget: int,
     rates: tuple[float, ...],
+    device: str,
+    *,
     quiet: bool,
 ) -> Setting:
     """Read the data, and find out who can take part.
@@ -153,6 +153,7 @@ def _setting(
         tuple(name for name in names if name in asked),
         budget,
         rates,
+        device,
     )
     unsuited = {name: why for name, why in contest.unsuited(setting).items() if name in asked}
     if members and unsuited:

@@ -31,7 +31,12 @@ def test_a_setting_survives_as_text() -> None:
     each = setting("leader", "rival")
     assert Setting.from_text(each.to_text()) == each
     assert each.identity == setting("leader", "rival").identity
-    for other in (setting("leader"), setting("leader", "rival", steps=101), replace(each, digest="4567")):
+    for other in (
+        setting("leader"),
+        setting("leader", "rival", steps=101),
+        replace(each, digest="4567"),
+        replace(each, device="cuda"),
+    ):
         assert other.identity != each.identity
 
 
@@ -101,6 +106,16 @@ def test_a_member_that_fails_is_an_error_and_comes_last() -> None:
     assert broken.place is Place.ERROR
     assert broken.message == "seed 0: ArithmeticError: diverged"
     assert broken.quality is None
+
+
+def test_a_member_without_the_deciding_quality_is_an_error() -> None:
+    ranking = rank(CONTEST, setting("leader", "loser", kind="text"), results("leader", "loser", kind="text"))
+    assert ranking.standings[-1].message == "seed 0: returned no loss, which decides"
+
+
+def test_results_of_others_are_left_out() -> None:
+    ranking = rank(CONTEST, setting("leader", "loser"), results("leader", "loser", "rival"))
+    assert {result.job.claim for result in ranking.results} == {"leader", "loser", TIMING}
 
 
 def test_nobody_is_best_where_all_fail() -> None:
