@@ -65,6 +65,12 @@ def compare(
     Examples: `postern compare heads`, `postern compare softmax --data mine.txt --budget 1000`,
     `postern compare heads --data mine.csv --label species --members softmax,svm`.
     """
+    if device not in ("cpu", "cuda"):
+        fail(f"unknown device {device!r}; there are: cpu, cuda")
+    if address is not None and engine is not EngineName.RAY:
+        fail("--address goes with --engine ray")
+    rates = _rates(learning_rates)
+
     from postern import compare as contests
     from postern.claims.comparison import CannotCompare, rank
     from postern.claims.driver import plan_comparison, run_jobs
@@ -72,16 +78,12 @@ def compare(
     from postern.cli.display import choose_display, print_ranking
     from postern.cli.report import write
 
-    if device not in ("cpu", "cuda"):
-        fail(f"unknown device {device!r}; there are: cpu, cuda")
-    if address is not None and engine is not EngineName.RAY:
-        fail("--address goes with --engine ray")
     runner = choose_engine(engine, jobs, address)
     if device == "cuda" and not runner.has_gpu:
         fail("--device cuda: there is no CUDA device; leave --device out")
     try:
         contest = contests.find(family)
-        setting = _setting(contest, data, label, members, budget, _rates(learning_rates), device, quiet=as_json)
+        setting = _setting(contest, data, label, members, budget, rates, device, quiet=as_json)
     except CannotCompare as error:
         fail(str(error))
     display = choose_display(as_json)

@@ -26,6 +26,7 @@ MEMORY = Quantity("memory_mib", "memory of a training step, MiB")
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
 _TIMED_STEPS = 20
+_TIMING_S = 10.0
 
 
 class Learner(nn.Module):
@@ -212,15 +213,17 @@ def step_memory(build: Callable[[], Learner], problem: Problem, run: Run) -> int
 
 
 def time_steps(builders: Mapping[str, Builder], problem: Problem, setting: Setting, run: Run) -> Metrics:
-    """Milliseconds of a training step of every member: the best of several, taken by turns on the same batches."""
+    """Milliseconds of a training step of every member: the best of several, taken by turns on the same batches.
+
+    Of 20, or of as many as fit into ten seconds, but of 3 at least.
+    """
     steps: dict[str, Callable[[], object]] = {}
     rate = min(setting.learning_rates)
     for name, build in builders.items():
         torch.manual_seed(run.seed)
         learner = build(rate)
         learner.to(run.device).train()
-        step = Step(learner, problem, setting.steps, rate, run.generator(1))
-        for _ in range(3):
-            step()
-        steps[name] = step
-    return {name: seconds * 1e3 for name, seconds in best_times(steps, _TIMED_STEPS).items()}
+        steps[name] = Step(learner, problem, setting.steps, rate, run.generator(1))
+    first = sum(best_times(steps, 0).values())
+    repeats = min(_TIMED_STEPS, max(3, int(_TIMING_S / first)))
+    return {name: seconds * 1e3 for name, seconds in best_times(steps, repeats).items()}
