@@ -7,12 +7,13 @@ touches more memory than it has to: layers that use some rows of a table only al
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from postern.heads import FactoredLinear, FactoredSphericalHead, SoftmaxHead, SphericalLoss
+from postern.heads import FactoredLinear, SoftmaxHead
 
 
 class OutputLayer(Protocol):
@@ -25,13 +26,6 @@ class OutputLayer(Protocol):
     def step(self) -> None:
         """Make a step of gradient descent with the gradients of the last backward pass."""
         ...
-
-
-def factored(
-    width: int, classes: int, criterion: SphericalLoss, rate: float, device: torch.device
-) -> FactoredSphericalHead:
-    """The factored layer with a loss of the spherical family."""
-    return FactoredSphericalHead(FactoredLinear(width, classes, learning_rate=rate, device=device), criterion)
 
 
 class FullSoftmax(nn.Module):
@@ -99,7 +93,7 @@ class _Table(nn.Module):
 
 
 class HierarchicalSoftmax(nn.Module):
-    """Two levels of softmax: over ceil(sqrt(D)) groups of neighbours, then over as many classes of the target's group."""
+    """Two levels of softmax: over ceil(sqrt(D)) groups of neighbours, then over the classes of the target's group."""
 
     def __init__(self, width: int, classes: int, rate: float) -> None:
         super().__init__()
@@ -116,8 +110,10 @@ class HierarchicalSoftmax(nn.Module):
         order = group.argsort()
         present, counts = torch.unique_consecutive(group[order], return_counts=True)
         blocks = self.members.take(present).view(-1, self.width + 1, self.size)
-        parts = hidden[order].split(counts.tolist())
-        scores = torch.cat([torch.addmm(block[-1], part, block[:-1]) for part, block in zip(parts, blocks, strict=True)])
+        parts = torch.split(hidden[order], counts.tolist())
+        scores = torch.cat(
+            [torch.addmm(block[-1], part, block[:-1]) for part, block in zip(parts, blocks, strict=True)]
+        )
         return self.groups.loss(hidden, group) + nn.functional.cross_entropy(scores, member[order])
 
     def step(self) -> None:
@@ -128,9 +124,10 @@ class HierarchicalSoftmax(nn.Module):
 
 
 class SampledSoftmax(nn.Module):
-    """Softmax over the target and a sample of the other classes, the same for the batch, corrected for its odds.
+    """Softmax over the target and a sample of the other classes, the same for the batch.
 
-    Classes are drawn log-uniformly, ``p(k) = log((k + 2) / (k + 1)) / log(D + 1)``, which is near a Zipf law.
+    The exponentials of n classes drawn with the odds p, divided by n p, estimate the sum over all; here
+    ``p(k) = log((k + 2) / (k + 1)) / log(D + 1)``, near Zipf's law.
     """
 
     def __init__(self, width: int, classes: int, rate: float, samples: int) -> None:
@@ -147,10 +144,11 @@ class SampledSoftmax(nn.Module):
         present, index = torch.unique(torch.cat([target, drawn]), return_inverse=True)
         rows = self.table.take(present)
         own, others = rows[index[: len(target)]], rows[index[len(target) :]]
-        true_scores = torch.linalg.vecdot(own[:, :-1], hidden) + own[:, -1] - self._log_expected(target)
+        true_scores = torch.linalg.vecdot(own[:, :-1], hidden) + own[:, -1]
         scores = torch.addmm(others[:, -1] - self._log_expected(drawn), hidden, others[:, :-1].T)
         scores = scores.masked_fill(drawn == target[:, None], -torch.inf)
-        return (torch.logsumexp(torch.cat([true_scores[:, None], scores], 1), 1) - true_scores).mean()
+        losses: Tensor = torch.logsumexp(torch.cat([true_scores[:, None], scores], 1), 1) - true_scores
+        return losses.mean()
 
     def step(self) -> None:
         """Update the rows of the targets and of the sample."""
@@ -169,3 +167,21 @@ def zipf_classes(count: int, classes: int, generator: torch.Generator) -> Tensor
     """
     uniform = torch.rand(count, generator=generator, dtype=torch.float64)
     return (torch.exp(uniform * math.log(classes + 1)) - 1).long().clamp_max(classes - 1)
+
+
+def restoring(layer: FactoredLinear) -> Callable[[], None]:
+    """A call that brings a sixth of the singular values of U back to 1, from far below and far above in turn.
+
+    The weights are not what they were afterwards: for timing only.
+    """
+    width = len(layer.mixer)
+    values = torch.ones(width, device=layer.mixer.device)
+    values[: max(1, width // 6)] = 2 * layer.singular_range[1]
+    mixers = [torch.diag(values), torch.diag(1 / values)]
+
+    def restore() -> None:
+        layer.mixer.copy_(mixers[0])
+        mixers.reverse()
+        layer.stabilize()
+
+    return restore

@@ -104,14 +104,14 @@ def test_float32_stays_near():
     assert max(twins.errors()) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
 def test_factors_do_not_drift_in_thousands_of_steps(dtype, tolerance):
-    twins = Twins(ZLoss(1.0, 4.0), 0.5, classes=40, width=8, dtype=dtype)
-    twins.train(3000, 8)
+    twins = Twins(ZLoss(1.0, 4.0), 0.5, classes=40, width=8, dtype=dtype, stabilize_every=20)
+    twins.train(2000, 8)
     assert max(twins.errors()) < tolerance
     values = torch.linalg.svdvals(twins.factored.mixer)
-    assert values.min() > 0.4
-    assert values.max() < 2.5
+    assert values.min() > 0.1
+    assert values.max() < 10
 
 
 @settings(max_examples=30, deadline=None)
@@ -168,14 +168,16 @@ def test_stabilising_moves_singular_values_and_not_the_weights():
     before = layer.to_linear()
     left, _, right = torch.linalg.svd(torch.randn(13, 13, dtype=torch.float64))
     values = torch.ones(13, dtype=torch.float64)
-    values[:2], values[-1] = torch.tensor([30.0, 3.0]), 0.01
+    values[:2], values[-2:] = torch.tensor([30.0, 4.0]), torch.tensor([2.0, 0.01])
     mixer = left @ torch.diag(values) @ right
     layer.factor.copy_(layer.factor @ torch.linalg.inv(mixer))
     layer.mixer.copy_(mixer)
     layer.stabilize()
     torch.testing.assert_close(layer.to_linear().weight, before.weight)
-    torch.testing.assert_close(torch.linalg.svdvals(layer.mixer), torch.ones(13, dtype=torch.float64))
-    assert not torch.equal(layer.mixer, torch.eye(13, dtype=torch.float64)), "it was folded"
+    # 30 and 0.01 have left the range of 1/8 to 8, 4 goes with them, 2 is near enough.
+    expected = torch.ones(13, dtype=torch.float64)
+    expected[0] = 2
+    torch.testing.assert_close(torch.linalg.svdvals(layer.mixer), expected)
     torch.testing.assert_close(layer.mixer @ layer.inverse_mixer, torch.eye(13, dtype=torch.float64))
 
 
@@ -184,8 +186,8 @@ def test_many_values_out_of_range_fold_the_factors():
     layer = twins.factored
     twins.train(20, 16)
     before = layer.to_linear()
-    layer.mixer.mul_(3)
-    layer.factor.div_(3)
+    layer.mixer.mul_(9)
+    layer.factor.div_(9)
     layer.stabilize()
     assert torch.equal(layer.mixer, torch.eye(13, dtype=torch.float64))
     assert torch.equal(layer.inverse_mixer, torch.eye(13, dtype=torch.float64))
@@ -315,7 +317,7 @@ def test_a_second_backward_after_the_step_is_refused():
     twins = Twins(ZLoss(1.0, 4.0), 1.0)
     first, second = twins.factored_loss(*twins.batch(5)), twins.factored_loss(*twins.batch(5))
     first.backward()
-    with pytest.raises(RuntimeError, match="has made 1 steps since this forward pass.*steps_in_backward=False"):
+    with pytest.raises(RuntimeError, match=r"has made 1 steps since this forward pass.*steps_in_backward=False"):
         second.backward()
 
 
