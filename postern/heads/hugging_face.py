@@ -34,7 +34,7 @@ def replace_lm_head(model: nn.Module, head: nn.Module) -> None:
     if not isinstance(head, Head) or not isinstance(head, nn.Module):
         raise ValueError(f"a head has logits and loss, see postern.heads.Head; got {type(head).__name__}")
     hugging_face: Any = model
-    dense = hugging_face.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    dense: Any = hugging_face.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(dense, Head) and not hasattr(dense, "weight"):
         raise ValueError(f"{type(model).__name__} has no output layer that could be replaced")
     classes, features = (dense.num_classes, dense.in_features) if isinstance(dense, Head) else dense.weight.shape

@@ -50,7 +50,7 @@ def scatter_logits(
 ) -> Float[Tensor, "*batch classes"]:
     """Give every class the logit of its code, plus its bias: ``z_i = L_M(i) + b_i``."""
     logits = code_logits.index_select(-1, mapping)
-    return logits if token_bias is None else logits + token_bias.to(logits.dtype)
+    return logits if token_bias is None else logits.add_(token_bias.to(logits.dtype))
 
 
 def vq_cross_entropy(
