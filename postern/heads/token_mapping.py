@@ -7,6 +7,7 @@ a reconstruction; frequent classes with a code of their own (`frequency_kmeans_m
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 # Distances are computed in pieces of at most so many entries.
 _PIECE = 1 << 24
+# The start of k-means looks at so many points at most. A smaller sample would miss the few rows that stand apart, those
+# of the most frequent classes, for which a code of their own matters most.
+_START = 1 << 16
 
 
 class Clusters(NamedTuple):
@@ -41,7 +45,7 @@ def kmeans(
     seed: int = 0,
     centroids: Float[Tensor, "clusters features"] | None = None,
 ) -> Clusters:
-    """Cluster points by Lloyd's iterations from a k-means++ start, on the points' device.
+    """Cluster points by Lloyd's iterations from a greedy k-means++ start, on the points' device.
 
     A cluster that runs empty takes the point farthest from its centroid, so that none is empty in the end.
 
@@ -49,7 +53,7 @@ def kmeans(
         points: what to cluster, e.g. the rows of an output layer.
         num_clusters: number of clusters, at most one a point.
         iterations: Lloyd's iterations at most; they end when no point moves.
-        seed: of the start, which looks at eight points a cluster.
+        seed: of the start, which looks at 65 536 points at most.
         centroids: where to start instead.
 
     Raises:
@@ -220,21 +224,28 @@ def _check_sizes(parts: str, num_parts: int, wholes: str, num_wholes: int) -> No
 
 
 def _spread(x: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++ on a sample: each next centre is drawn with the squared distance to the nearest so far."""
-    sample = x[torch.randperm(len(x), generator=generator)[: 8 * num_clusters].to(x.device)]
-    squares = sample.square().sum(1)
-    chosen = [0]
-    closest = torch.full_like(squares, torch.inf)
-    for draw in torch.rand(num_clusters - 1, generator=generator).tolist():
-        centre = sample[chosen[-1]]
-        distance = squares - 2 * (sample @ centre) + squares[chosen[-1]]
-        distance[chosen[-1]] = 0
-        closest = torch.minimum(closest, distance.clamp_min_(0))
+    """Greedy k-means++: of a few points drawn with the squared distance to the nearest centre, the best is the next."""
+    if len(x) > _START:
+        x = x[torch.randperm(len(x), generator=generator)[:_START].to(x.device)]
+    trials = 2 + int(math.log(num_clusters))
+    squares = x.square().sum(1)
+
+    def distances_to(chosen: Tensor) -> Tensor:
+        return torch.addmm(squares, x[chosen], x.T, alpha=-2).add_(squares[chosen, None]).clamp_min_(0)
+
+    first = torch.randint(len(x), (1,), generator=generator).to(x.device)
+    chosen = [first]
+    closest = distances_to(first)[0]
+    for _ in range(num_clusters - 1):
         cumulative = closest.cumsum(0)
+        draws = torch.rand(trials, generator=generator).to(x) * cumulative[-1]
         # Where all points left are copies of chosen ones, any will do.
-        place = torch.searchsorted(cumulative, draw * cumulative[-1], right=True)
-        chosen.append(min(int(place), len(sample) - 1))
-    return sample[torch.tensor(chosen, device=x.device)]
+        candidates = torch.searchsorted(cumulative, draws, right=True).clamp_max_(len(x) - 1)
+        nearer = torch.minimum(distances_to(candidates), closest)
+        best = nearer.sum(1).argmin()
+        chosen.append(candidates[best, None])
+        closest = nearer[best]
+    return x[torch.cat(chosen)]
 
 
 def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

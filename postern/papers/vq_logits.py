@@ -30,6 +30,7 @@ from postern.heads import (
     random_mapping,
     tying_floor,
 )
+from postern.heads.vq_logits import MappingMethod
 from postern.nets import LanguageModel, consecutive_windows, evaluating, random_windows
 from postern.papers._timing import best_times
 
@@ -173,8 +174,8 @@ def takes_99_percent_less_memory(config: Layers, run: Run) -> Metrics:
 
 _TIMED_NOTE = (
     "One thread, float32, 64 positions at once; both widths, 256 and 768. One position at a time is timed as well, but "
-    "does not count for the verdict. The loss includes its gradients. Time spent "
-    "on all logits ends in writing V numbers a position, whatever the number of codes."
+    "does not count for the verdict. The loss includes its gradients. All logits end in writing a number a token and "
+    "position, whatever the number of codes."
 )
 
 
@@ -464,7 +465,7 @@ def bound_predicts_the_cost(config: WordModel, run: Run) -> Metrics:
     results, bounds = {}, {}
     for name, share in (("few", config.few), ("some", config.some), ("many", config.many)):
         results[name] = study.kmeans(share)
-        bounds[f"bound_{name}"] = math.exp(study.projected(study.kmeans_head(share), study.corpus.test))
+        bounds[f"bound_{name}"] = math.exp(study.projected(study.compressed(share), study.corpus.test))
     study.report(results, {name: bounds[f"bound_{name}"] for name in results})
     return _perplexities(results) | bounds
 
@@ -519,8 +520,9 @@ def is_robust_to_the_number_of_codes(config: WordModel, run: Run) -> Metrics:
     seeds=3,
     note=(
         _SPLIT_NOTE + "One code for a hundred words and for sixteen. How many codes are clusters, a quarter, half or "
-        "three quarters, is what the bound by projection on the validation text says, before any fine-tuning. The "
-        "table has a layer with token biases as well, which does not count for the verdict."
+        "three quarters, is what the bound by projection on the validation text says, before fine-tuning. The "
+        "table also has codes that are about equally frequent, which puts words of like frequency together, and one "
+        "with token biases; these do not count for the verdict."
     ),
 )
 def frequent_words_want_their_own_codes(config: WordModel, run: Run) -> Metrics:
@@ -529,6 +531,7 @@ def frequent_words_want_their_own_codes(config: WordModel, run: Run) -> Metrics:
     results = {}
     for name, share in (("few", config.few), ("some", config.some)):
         results[name] = study.kmeans(share)
+        results[f"{name}_balanced"] = study.balanced(share)
         results[f"{name}_frequency"] = study.frequency_kmeans(share)
     results["few_frequency_unigram"] = study.frequency_kmeans(config.few, has_token_bias=True)
     study.report(results)
@@ -568,20 +571,25 @@ def learned_mapping_is_better(config: WordModel, run: Run) -> Metrics:
         _SPLIT_NOTE + "One code for sixteen words, table and biases included; the rivals may take as many bytes. The "
         "low-rank layer starts from the singular values of the dense one. The adaptive softmax has the most frequent "
         "words that fit in its head and one tail; it has no dense layer to start from, so that its model is trained "
-        "with it from the beginning, for all steps."
+        "with it from the beginning, for all steps. A codebook with codes of their own for frequent words stands in "
+        "the table, and does not count for the verdict."
     ),
 )
 def is_better_than_rivals_at_equal_bytes(config: WordModel, run: Run) -> Metrics:
     """Fine-tune codebooks and a low-rank layer, and train with an adaptive softmax, at equal bytes."""
     study = _Study(config, run)
     results = {
-        "some": study.kmeans(config.some),
         "some_unigram": study.kmeans(config.some, has_token_bias=True),
+        "some_frequency_unigram": study.frequency_kmeans(config.some, has_token_bias=True),
     }
     budget = results["some_unigram"].bytes
     results |= {"low_rank": study.low_rank(budget), "adaptive": study.adaptive_from_scratch(budget)}
     study.report(results)
     return _perplexities(results)
+
+
+# Evaluation forms so many logits at a time.
+_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -649,36 +657,43 @@ class _Study:
 
     def kmeans(self, share: int, *, has_token_bias: bool = False) -> _Result:
         name = "k-means and token biases" if has_token_bias else "k-means"
-        head = self.kmeans_head(share, has_token_bias=has_token_bias)
-        return self._tune(name, lambda: copy.deepcopy(head))
+        return self._fine_tune(self.compressed(share, has_token_bias=has_token_bias), name)
 
-    def kmeans_head(self, share: int, *, has_token_bias: bool = False) -> VQLogitsHead:
-        return VQLogitsHead.from_linear(
-            self.head.linear,
-            self._codes(share),
-            counts=self.corpus.counts,
-            token_bias="unigram" if has_token_bias else None,
-            seed=self.run.seed,
-        )
+    def balanced(self, share: int) -> _Result:
+        return self._fine_tune(self.compressed(share, "frequency"), "equally frequent codes")
 
     def frequency_kmeans(self, share: int, *, has_token_bias: bool = False) -> _Result:
         """Clusters for a quarter, half or three quarters of the codes, whichever projects best."""
-        codes = self._codes(share)
         heads = [
-            VQLogitsHead.from_linear(
-                self.head.linear,
-                codes,
+            self.compressed(
+                share,
                 "frequency+kmeans",
-                counts=self.corpus.counts,
-                token_bias="unigram" if has_token_bias else None,
-                num_shared=max(1, codes * quarters // 4),
-                seed=self.run.seed,
+                has_token_bias=has_token_bias,
+                num_shared=max(1, self._codes(share) * quarters // 4),
             )
             for quarters in (1, 2, 3)
         ]
         best = min(heads, key=lambda head: self.projected(head, self.corpus.validation, self.config.validation_windows))
         name = "frequent words alone, k-means" + (" and token biases" if has_token_bias else "")
-        return self._tune(name, lambda: copy.deepcopy(best))
+        return self._fine_tune(best, name)
+
+    def compressed(
+        self,
+        share: int,
+        method: MappingMethod = "kmeans",
+        *,
+        has_token_bias: bool = False,
+        num_shared: int | None = None,
+    ) -> VQLogitsHead:
+        return VQLogitsHead.from_linear(
+            self.head.linear,
+            self._codes(share),
+            method,
+            counts=self.corpus.counts,
+            token_bias="unigram" if has_token_bias else None,
+            num_shared=num_shared,
+            seed=self.run.seed,
+        )
 
     def learned(self, share: int) -> _Result:
         linear, codes = self.head.linear, self._codes(share)
@@ -748,6 +763,9 @@ class _Study:
         told = "; ".join(f"{label}: {value:.0f}" for label, value in zip(labels, values, strict=True))
         self.run.figure("perplexity", figure, f"Perplexity on the test text. {told}.")
 
+    def _fine_tune(self, head: VQLogitsHead, name: str) -> _Result:
+        return self._tune(name, lambda: copy.deepcopy(head))
+
     def _codes(self, share: int) -> int:
         return max(2, self.num_words // share)
 
@@ -811,7 +829,7 @@ class _Study:
         config = self.config
         shown = consecutive_windows(tokens, config.context + 1, len(tokens) if windows is None else windows)
         with evaluating(trunk):
-            for batch in torch.split(shown.to(self.run.device), 4 * config.batch_size):
+            for batch in torch.split(shown.to(self.run.device), max(1, _AT_ONCE // (config.context * self.num_words))):
                 with torch.autocast(self.run.device.type, config.autocast, enabled=config.autocast is not None):
                     hidden = trunk(batch[:, :-1])
                 yield hidden.float(), batch[:, 1:]

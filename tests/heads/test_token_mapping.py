@@ -35,6 +35,13 @@ def test_kmeans_of_its_own_start_is_as_good_as_scikit_learns():
     assert ours < random
 
 
+def test_the_few_points_that_stand_apart_have_clusters_of_their_own():
+    points = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
+    points[::600] = 20 * torch.eye(4)[[0, 1, 2, 3, 0]] * torch.tensor([1, 1, 1, 1, -1])[:, None]
+    sizes = torch.bincount(kmeans(points, 30).assignment)
+    assert (sizes[kmeans(points, 30).assignment[::600]] == 1).all()
+
+
 def test_kmeans_far_from_the_origin_keeps_its_digits():
     points = blobs()
     near, far = kmeans(points, 12, seed=3), kmeans(points + 3000, 12, seed=3)

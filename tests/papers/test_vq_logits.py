@@ -94,7 +94,7 @@ def test_the_study_judges_by_the_test_text_and_the_projection_is_a_tied_model(te
     assert loss == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
     assert accuracy == pytest.approx((logits.argmax(-1) == target).double().mean().item())
 
-    head = study.kmeans_head(2)
+    head = study.compressed(2)
     probabilities = logits.softmax(-1)
     same = head.mapping[:, None] == head.mapping
     tied = (probabilities @ same.float()) / same.sum(0)
