@@ -1,7 +1,8 @@
-"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``."""
+"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; and how their logits are decided by."""
 
 from postern.heads.adaptive_softmax import AdaptiveSoftmaxHead
 from postern.heads.cnn_svm import CNNSVMClassifier
+from postern.heads.decoding import Hypotheses, beam_search, greedy_search, hamming_similarity, mbr_decode, sample
 from postern.heads.factored import FactoredLinear, FactoredSphericalHead, ScoreStatistics
 from postern.heads.hugging_face import replace_lm_head
 from postern.heads.low_rank import LowRankHead
@@ -27,6 +28,26 @@ from postern.heads.token_mapping import (
     random_mapping,
     unigram_bias,
 )
+from postern.heads.utility import (
+    UtilityView,
+    class_utility,
+    margin_monotonicity,
+    ordinal_agreement,
+    preference_gradient,
+    sampled_preference_gradient,
+    sequence_lengths,
+    sequence_utility,
+)
+from postern.heads.utility_processor import utility_logits_processor
+from postern.heads.utility_transforms import (
+    CandidateSetTransform,
+    DesmoothTransform,
+    PowerTransform,
+    RankTransform,
+    UtilityTransform,
+    mean_log_likelihood,
+    repeats,
+)
 from postern.heads.vq_cost import HeadCost, head_cost, projection_bound, tie_log_probs, tying_floor
 from postern.heads.vq_logits import VQLogitsHead, scatter_logits, vq_cross_entropy
 from postern.heads.vq_straight_through import StraightThroughVQHead
@@ -35,13 +56,18 @@ from postern.heads.z_loss import ZLoss, ZLossHead, z_loss
 __all__ = [
     "AdaptiveSoftmaxHead",
     "CNNSVMClassifier",
+    "CandidateSetTransform",
     "Clusters",
+    "DesmoothTransform",
     "FactoredLinear",
     "FactoredSphericalHead",
     "Head",
     "HeadCost",
+    "Hypotheses",
     "L2SVMLoss",
     "LowRankHead",
+    "PowerTransform",
+    "RankTransform",
     "SVMHead",
     "ScoreStatistics",
     "SoftmaxHead",
@@ -55,24 +81,41 @@ __all__ = [
     "StraightThroughVQHead",
     "TaylorSoftmaxHead",
     "TaylorSoftmaxLoss",
+    "UtilityTransform",
+    "UtilityView",
     "VQLogitsHead",
     "ZLoss",
     "ZLossHead",
+    "beam_search",
+    "class_utility",
     "frequency_kmeans_mapping",
     "frequency_mapping",
+    "greedy_search",
+    "hamming_similarity",
     "head_cost",
     "kmeans",
     "log_taylor_softmax",
+    "margin_monotonicity",
+    "mbr_decode",
+    "mean_log_likelihood",
     "one_vs_rest_hinge",
+    "ordinal_agreement",
+    "preference_gradient",
     "projection_bound",
     "random_mapping",
+    "repeats",
     "replace_lm_head",
+    "sample",
+    "sampled_preference_gradient",
     "scatter_logits",
+    "sequence_lengths",
+    "sequence_utility",
     "stablemax_cross_entropy",
     "svm_predict",
     "tie_log_probs",
     "tying_floor",
     "unigram_bias",
+    "utility_logits_processor",
     "vq_cross_entropy",
     "z_loss",
 ]
