@@ -9,6 +9,7 @@ from postern.data.loading import ImageName, Location, TableName, TextName, fetch
 from postern.data.own import load_own, load_own_splits
 from postern.data.scenes import Scenes, digit_scenes
 from postern.data.splitting import split_rows
+from postern.data.transduction import ReversedDigits, SpelledNumbers
 
 __all__ = [
     "AlgorithmicSplit",
@@ -19,7 +20,9 @@ __all__ = [
     "Images",
     "InvalidData",
     "Location",
+    "ReversedDigits",
     "Scenes",
+    "SpelledNumbers",
     "Table",
     "TableName",
     "Text",

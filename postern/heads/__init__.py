@@ -28,6 +28,7 @@ from postern.heads.token_mapping import (
     random_mapping,
     unigram_bias,
 )
+from postern.heads.truncation import TopKTransform, TopPTransform
 from postern.heads.utility import (
     UtilityView,
     class_utility,
@@ -81,6 +82,8 @@ __all__ = [
     "StraightThroughVQHead",
     "TaylorSoftmaxHead",
     "TaylorSoftmaxLoss",
+    "TopKTransform",
+    "TopPTransform",
     "UtilityTransform",
     "UtilityView",
     "VQLogitsHead",

@@ -163,7 +163,7 @@ class PowerTransform(UtilityTransform):
         Raises:
             ValueError: utilities without outcomes, or not floating point.
         """
-        _check_utilities(utilities)
+        check_utilities(utilities)
         return F.log_softmax(self.exponent * utilities, -1)
 
     def _check(self, value: float) -> None:
@@ -199,7 +199,7 @@ class DesmoothTransform(UtilityTransform):
         Raises:
             ValueError: utilities without outcomes, or not floating point.
         """
-        _check_utilities(utilities)
+        check_utilities(utilities)
         log_probabilities = F.log_softmax(utilities, -1)
         log_floor = self.floor.log()
         above = log_probabilities > log_floor
@@ -245,7 +245,7 @@ class RankTransform(UtilityTransform):
         Raises:
             ValueError: utilities without outcomes, or not floating point.
         """
-        _check_utilities(utilities)
+        check_utilities(utilities)
         utilities = utilities.detach().contiguous()
         ascending = utilities.sort(-1).values
         better = (utilities.shape[-1] - torch.searchsorted(ascending, utilities, right=True)).to(utilities.dtype)
@@ -340,7 +340,7 @@ class CandidateSetTransform(UtilityTransform):
         Raises:
             ValueError: utilities without candidates or not floating point, or lengths of another shape.
         """
-        _check_utilities(utilities)
+        check_utilities(utilities)
         if lengths.shape != utilities.shape:
             raise ValueError(f"utilities {list(utilities.shape)} need as many lengths, got {list(lengths.shape)}")
         scale = lengths.to(utilities.dtype).clamp_min(1.0) ** self.length_power
@@ -394,7 +394,12 @@ def _golden_section(score: Callable[[float], float], low: float, high: float, st
     return found
 
 
-def _check_utilities(utilities: Tensor) -> None:
+def check_utilities(utilities: Tensor) -> None:
+    """Check that there is something to transform.
+
+    Raises:
+        ValueError: utilities without outcomes, or not floating point.
+    """
     if utilities.dim() == 0 or utilities.shape[-1] == 0:
         raise ValueError(f"utilities need at least one outcome, got the shape {list(utilities.shape)}")
     if not utilities.is_floating_point():

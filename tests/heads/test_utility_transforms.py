@@ -10,6 +10,8 @@ from postern.heads import (
     DesmoothTransform,
     PowerTransform,
     RankTransform,
+    TopKTransform,
+    TopPTransform,
     UtilityTransform,
     mean_log_likelihood,
     repeats,
@@ -21,6 +23,8 @@ TOKEN_LEVEL = [
     DesmoothTransform(0.07),
     RankTransform(1.7),
     RankTransform(0.6, "geometric"),
+    TopPTransform(0.8),
+    TopKTransform(3),
 ]
 UTILITIES = st.lists(st.integers(-5, 5), min_size=1, max_size=6)
 
@@ -32,6 +36,8 @@ UTILITIES = st.lists(st.integers(-5, 5), min_size=1, max_size=6)
         lambda: DesmoothTransform(0.1),
         lambda: RankTransform(1.5),
         lambda: RankTransform(0.5, "geometric"),
+        lambda: TopPTransform(0.8),
+        lambda: TopKTransform(2),
     ],
 )
 def test_token_level_transforms_are_modules(build):
@@ -91,6 +97,20 @@ def test_candidate_set_is_a_softmax_of_utilities_by_length():
     torch.testing.assert_close(CandidateSetTransform()(u, lengths), u.log_softmax(-1))
 
 
+@pytest.mark.parametrize(
+    ("transform", "warper"),
+    [(TopPTransform(p), f"TopPLogitsWarper:{p}") for p in (0.3, 0.8, 0.95)]
+    + [(TopKTransform(k), f"TopKLogitsWarper:{k}") for k in (1, 3, 50)],
+    ids=str,
+)
+def test_truncations_are_those_of_transformers(transform, warper):
+    transformers = pytest.importorskip("transformers")
+    name, setting = warper.split(":")
+    scores = torch.randn(50, 11, generator=torch.Generator().manual_seed(0))
+    theirs = getattr(transformers, name)(float(setting) if "." in setting else int(setting))(None, scores)
+    torch.testing.assert_close(transform(scores), theirs.log_softmax(-1))
+
+
 @pytest.mark.parametrize("transform", TOKEN_LEVEL, ids=repr)
 @given(UTILITIES, st.floats(-50, 50))
 def test_order_stays_mass_is_one_and_shifts_do_not_matter(transform, row, shift):
@@ -100,8 +120,9 @@ def test_order_stays_mass_is_one_and_shifts_do_not_matter(transform, row, shift)
     above, equal = u[0][:, None] > u[0], u[0][:, None] == u[0]
     difference = log_probabilities[0].exp()[:, None] - log_probabilities[0].exp()
     assert (difference[above] >= 0).all()
-    torch.testing.assert_close(difference[equal], torch.zeros_like(difference[equal]))
-    if not isinstance(transform, DesmoothTransform):
+    if not isinstance(transform, TopPTransform):
+        torch.testing.assert_close(difference[equal], torch.zeros_like(difference[equal]))
+    if isinstance(transform, PowerTransform | RankTransform):
         assert (difference[above] > 0).all()
     torch.testing.assert_close(transform(u + shift).exp(), log_probabilities.exp())
 
@@ -212,6 +233,10 @@ def test_the_fitted_number_is_saved_and_shown():
         (lambda: RankTransform(-0.1), "got -0.1"),
         (lambda: RankTransform(math.nan), "nan"),
         (lambda: RankTransform(law="linear"), "'linear'"),
+        (lambda: TopPTransform(0.0), "got 0.0"),
+        (lambda: TopPTransform(1.1), "got 1.1"),
+        (lambda: TopKTransform(0), "got 0"),
+        (lambda: TopKTransform(1.5), "got 1.5"),
         (lambda: CandidateSetTransform(1.0, -1.0), "got -1.0"),
         (lambda: CandidateSetTransform()(torch.zeros(2, 3), torch.ones(3)), r"\[3\]"),
         (lambda: PowerTransform()(torch.tensor(1.0)), r"\[\]"),
