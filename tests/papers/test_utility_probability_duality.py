@@ -56,12 +56,12 @@ def test_the_tuner_keeps_what_it_saw_and_finds_the_nearest_diversity():
     clean = experiment.validation.clean
     scores = {value: q.valid - abs(q.synonyms - clean.synonyms) for value, q in tuner.curves["power"].items()}
     assert scores[fitted.value] == max(scores.values())
-    tuner.curves["power"] = {
-        1.0: paper._Quality(0.5, 0.3, clean.differ + 0.2),
-        2.0: paper._Quality(0.9, 0.2, clean.differ - 0.1),
-        3.0: paper._Quality(1.0, 0.1, clean.differ - 0.3),
-    }
-    assert tuner.matched("power")[0] == 2.0
+
+    seen = list(tuner.curves["power"])
+    matched = tuner.match("power", fitted)
+    assert len(tuner.curves["power"]) == len(seen) + 8
+    distances = {value: abs(q.differ - clean.differ) for value, q in tuner.curves["power"].items()}
+    assert distances[matched.value] == min(distances.values())
 
 
 def test_numbers_to_test_on_are_never_learnt_from():
