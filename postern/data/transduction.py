@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _FIRST_TARGET, _FIRST_SYNONYM, _SEPARATOR = 10, 20, 24
@@ -63,6 +63,11 @@ class ReversedDigits:
         is_noise = torch.rand(reverse.shape, generator=generator) < self.noise
         noise = torch.randint(_FIRST_TARGET, _SEPARATOR, reverse.shape, generator=generator)
         return torch.where(is_noise, noise, clean)
+
+    def clean_diversity(self, sources: Int[Tensor, "count length"]) -> Float[Tensor, " count"]:
+        """Return the probability that two clean targets of a source differ: ``1 - (s^2 + (1 - s)^2)^n``."""
+        agree = self.synonyms**2 + (1 - self.synonyms) ** 2
+        return 1 - agree ** self.has_synonym(sources).sum(-1).double()
 
     def has_synonym(self, sources: Int[Tensor, "count length"]) -> Bool[Tensor, "count length"]:
         """Mark the positions of a target where a synonym is valid."""

@@ -97,8 +97,9 @@ class UtilityTransform(nn.Module):
             validation: what the metric needs; by default a pair ``(utilities [*batch, outcomes], right [*batch])``.
             metric: ``(transform, validation) -> number``, larger is better; minus infinity is allowed.
             grid: values to try, ascending. A best value at an end of the grid asks for a longer one.
-            refinements: golden-section steps between the neighbours of the best value. By default 30 for the
-                likelihood, which is smooth, and 0 for other metrics, which may be noisy.
+            refinements: further values to try between the neighbours of the best one, by golden section; two at
+                least, if any. By default 30 for the likelihood, which is smooth, and 0 for other metrics, which may be
+                noisy.
 
         Raises:
             ValueError: a grid that is empty, not ascending, or has impossible values, a metric that is NaN, or one
@@ -371,9 +372,9 @@ def repeats(candidates: Int[Tensor, "*batch candidates time"]) -> Bool[Tensor, "
 
 
 def _golden_section(score: Callable[[float], float], low: float, high: float, steps: int) -> list[tuple[float, float]]:
-    """Narrow a bracket around a maximum; return the scores found, each with its value."""
+    """Narrow a bracket around a maximum by so many scores; return them, each with its value."""
     found: list[tuple[float, float]] = []
-    if steps < 1 or high <= low:
+    if steps < 2 or high <= low:
         return found
 
     def look(value: float) -> float:
@@ -382,7 +383,7 @@ def _golden_section(score: Callable[[float], float], low: float, high: float, st
 
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     at_left, at_right = look(left), look(right)
-    for _ in range(steps - 1):
+    for _ in range(steps - 2):
         if at_left >= at_right:
             high, right, at_right = right, left, at_left
             left = high - _GOLDEN * (high - low)

@@ -41,6 +41,15 @@ def test_noise_is_uniform_over_the_target_tokens():
     assert (shares[10:24] - 1 / 14).abs().max() < 0.012
 
 
+def test_clean_targets_differ_as_often_as_they_should():
+    task = ReversedDigits()
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.tensor([[0, 1, 5, 6, 7, 8], [9, 9, 9, 9, 9, 9], [3, 2, 1, 0, 3, 2]])
+    drawn = torch.stack([task.draw_targets(sources, generator) for _ in range(20_000)])
+    differ = (drawn[::2] != drawn[1::2]).any(-1).double().mean(0)
+    torch.testing.assert_close(differ, task.clean_diversity(sources), rtol=0, atol=0.02)
+
+
 def test_synonyms_of_other_digits_are_not_valid():
     task = ReversedDigits(length=2)
     sources = torch.tensor([[5, 1]])

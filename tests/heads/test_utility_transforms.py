@@ -74,12 +74,17 @@ def test_desmoothing_leaves_the_best_where_nothing_is_above_the_floor():
 
 
 def test_desmoothing_keeps_gradients_finite_at_the_floor():
-    p = torch.tensor([0.5, 0.25, 0.25 * (1 - 1e-7), 0.0], requires_grad=True)
-    DesmoothTransform(0.25)(p.log()).exp()[:2].square().sum().backward()
-    assert torch.isfinite(p.grad[:3]).all()
     u = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     transform = DesmoothTransform(0.1).double()
     assert torch.autograd.gradcheck(lambda u: transform(u).exp(), u)
+    # a floor that rounding can hardly tell from the probability
+    row = torch.tensor([3.0, 0.0, -1.0], requires_grad=True)
+    best = row.detach().softmax(-1)[0].item()
+    for ulps in range(-6, 7):
+        found = DesmoothTransform(best + ulps * 2.0**-25)(row).exp()
+        torch.testing.assert_close(found.detach(), torch.tensor([1.0, 0.0, 0.0]))
+        (gradient,) = torch.autograd.grad(found.square().sum(), row)
+        assert torch.isfinite(gradient).all()
 
 
 def test_rank_laws():
@@ -208,7 +213,9 @@ def test_a_metric_chooses_from_the_grid_and_the_gentlest_of_equals():
 
     assert PowerTransform().fit("data", metric, grid=[1.0, 2.0, 3.0]).value == 2.0
     assert seen == [("data", 1.0), ("data", 2.0), ("data", 3.0)]
+    seen.clear()
     refined = PowerTransform().fit("data", metric, grid=[1.0, 2.0, 3.0], refinements=25)
+    assert len(seen) == 3 + 25
     assert refined.value == pytest.approx(2.1, abs=1e-3)
     assert PowerTransform().fit(None, lambda *_: 0.0, grid=[1.0, 2.0]).value == 1.0
     minus = DesmoothTransform().fit(None, lambda t, _: t.value if t.value < 0.5 else -math.inf, grid=[0.1, 0.4, 0.6])

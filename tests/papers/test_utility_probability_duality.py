@@ -34,7 +34,11 @@ def test_clean_samples_are_judged_as_what_they_are():
     assert quality.valid == 1.0
     assert quality.synonyms == pytest.approx(0.3, abs=0.01)
     # two tokens with synonyms agree with probability 0.58; given at least one digit of six that has a synonym
-    assert quality.differ == pytest.approx((1 - (0.6 + 0.4 * 0.58) ** 6) / (1 - 0.6**6), abs=0.01)
+    expected = (1 - (0.6 + 0.4 * 0.58) ** 6) / (1 - 0.6**6)
+    assert quality.differ == pytest.approx(expected, abs=0.01)
+    experiment = paper._Experiment(paper.Transduction(TINY, validation=3000), Run(seed=0, scale="smoke"))
+    assert experiment.validation.clean.differ == pytest.approx(expected, abs=0.01)
+    assert experiment.validation.clean.synonyms == 0.3
 
 
 def test_the_cache_follows_its_rows():
