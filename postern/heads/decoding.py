@@ -70,7 +70,7 @@ def greedy_search(
         end: the token that ends a continuation and fills it up; None where none does.
 
     Raises:
-        ValueError: prompts that are no tokens or empty, or a length below 1.
+        ValueError: prompts that are no tokens or empty, a length below 1, or logits of another shape.
     """
     _check(prompts, max_new_tokens)
     return _roll_out(next_logits, prompts, max_new_tokens, 1, end, lambda logits: transform(logits).argmax(-1))[0]
@@ -98,7 +98,8 @@ def sample(
         generator: draws, on the logits' device; torch's global one if None.
 
     Raises:
-        ValueError: prompts that are no tokens or empty, or a length or number of samples below 1.
+        ValueError: prompts that are no tokens or empty, a length or number of samples below 1, or logits of another
+            shape.
     """
     _check(prompts, max_new_tokens)
     if num_samples < 1:
@@ -136,7 +137,8 @@ def beam_search(
         end: the token that ends a continuation and fills it up; None where none does.
 
     Raises:
-        ValueError: prompts that are no tokens or empty, a number or length below 1, or more results than beams.
+        ValueError: prompts that are no tokens or empty, a number or length below 1, more results than beams, or logits
+            of another shape.
     """
     _check(prompts, max_new_tokens)
     if not 1 <= num_results <= num_beams:
@@ -156,7 +158,7 @@ def _search(
 ) -> Hypotheses:
     batch, start = prompts.shape
     device = prompts.device
-    log_probabilities = transform(next_logits(prompts, None))
+    log_probabilities = transform(_look(next_logits, prompts, None))
     prefixes = prompts[:, None]  # [batch, beams, time]
     running = log_probabilities.new_zeros(batch, 1)
     fill = 0 if end is None else end
@@ -184,7 +186,7 @@ def _search(
         if end is not None and bool((running[:, 0] <= done.scores[:, -1]).all()):
             return done
         previous = (parents + beams * torch.arange(batch, device=device)[:, None]).flatten()
-        log_probabilities = transform(next_logits(prefixes.flatten(0, 1), previous))
+        log_probabilities = transform(_look(next_logits, prefixes.flatten(0, 1), previous))
     return _merge(done, prefixes[..., start:], running, fill)
 
 
@@ -213,7 +215,7 @@ def _roll_out(
     """Lengthen copies of the prompts by the token that is chosen; return the new tokens [copies, batch, time]."""
     batch = len(prompts)
     parents = torch.arange(batch, device=prompts.device).repeat(copies)
-    logits = next_logits(prompts, None)[parents]
+    logits = _look(next_logits, prompts, None)[parents]
     prefixes = prompts[parents]
     produced = prompts.new_full((copies * batch, max_new_tokens), 0 if end is None else end)
     is_done = torch.zeros(copies * batch, dtype=torch.bool, device=prompts.device)
@@ -226,9 +228,20 @@ def _roll_out(
         if step + 1 == max_new_tokens or bool(is_done.all()):
             break
         prefixes = torch.cat([prefixes, tokens[:, None]], dim=1)
-        logits = next_logits(prefixes, parents)
+        logits = _look(next_logits, prefixes, parents)
         parents = torch.arange(copies * batch, device=prompts.device)
     return produced.view(copies, batch, max_new_tokens)
+
+
+def _look(next_logits: NextLogits, prefixes: Tensor, parents: Tensor | None) -> Tensor:
+    """Return the logits of the next token, checked."""
+    logits = next_logits(prefixes, parents)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(prefixes):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"next_logits gives [{len(prefixes)}, vocabulary], the last position's logits; got {got}")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    return logits
 
 
 def hamming_similarity(

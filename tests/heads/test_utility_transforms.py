@@ -87,6 +87,12 @@ def test_desmoothing_keeps_gradients_finite_at_the_floor():
         assert torch.isfinite(gradient).all()
 
 
+def test_top_p_keeps_no_more_than_reaches_the_mass():
+    equal = torch.zeros(4)
+    kept = [(TopPTransform(mass)(equal) > -torch.inf).sum().item() for mass in (0.25, 0.26, 0.5, 0.75, 1.0)]
+    assert kept == [1, 2, 2, 3, 4]
+
+
 def test_rank_laws():
     u = torch.tensor([[3.0, -1.0, 3.0, 0.5]], dtype=torch.float64)
     zipf = torch.tensor([[1.0, 4**-2, 1.0, 3**-2]], dtype=torch.float64)
