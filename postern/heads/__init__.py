@@ -6,6 +6,14 @@ from postern.heads.decoding import Hypotheses, beam_search, greedy_search, hammi
 from postern.heads.factored import FactoredLinear, FactoredSphericalHead, ScoreStatistics
 from postern.heads.hugging_face import replace_lm_head
 from postern.heads.low_rank import LowRankHead
+from postern.heads.multilabel import (
+    DecoupledSoftmaxLoss,
+    MultiLabelSoftmaxLoss,
+    OneVersusAllLoss,
+    decoupled_softmax_loss,
+    multilabel_softmax_loss,
+    ova_bce_loss,
+)
 from postern.heads.protocol import Head
 from postern.heads.softmax import SoftmaxHead
 from postern.heads.spherical import (
@@ -59,6 +67,7 @@ __all__ = [
     "CNNSVMClassifier",
     "CandidateSetTransform",
     "Clusters",
+    "DecoupledSoftmaxLoss",
     "DesmoothTransform",
     "FactoredLinear",
     "FactoredSphericalHead",
@@ -67,6 +76,8 @@ __all__ = [
     "Hypotheses",
     "L2SVMLoss",
     "LowRankHead",
+    "MultiLabelSoftmaxLoss",
+    "OneVersusAllLoss",
     "PowerTransform",
     "RankTransform",
     "SVMHead",
@@ -91,6 +102,7 @@ __all__ = [
     "ZLossHead",
     "beam_search",
     "class_utility",
+    "decoupled_softmax_loss",
     "frequency_kmeans_mapping",
     "frequency_mapping",
     "greedy_search",
@@ -101,8 +113,10 @@ __all__ = [
     "margin_monotonicity",
     "mbr_decode",
     "mean_log_likelihood",
+    "multilabel_softmax_loss",
     "one_vs_rest_hinge",
     "ordinal_agreement",
+    "ova_bce_loss",
     "preference_gradient",
     "projection_bound",
     "random_mapping",
