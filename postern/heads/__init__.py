@@ -15,6 +15,7 @@ from postern.heads.multilabel import (
     ova_bce_loss,
 )
 from postern.heads.protocol import Head
+from postern.heads.soft_topk import SoftTopKLoss, log_soft_topk, soft_topk, soft_topk_loss, soft_topk_shift
 from postern.heads.softmax import SoftmaxHead
 from postern.heads.spherical import (
     SphericalHead,
@@ -82,6 +83,7 @@ __all__ = [
     "RankTransform",
     "SVMHead",
     "ScoreStatistics",
+    "SoftTopKLoss",
     "SoftmaxHead",
     "SphericalHead",
     "SphericalLoss",
@@ -109,6 +111,7 @@ __all__ = [
     "hamming_similarity",
     "head_cost",
     "kmeans",
+    "log_soft_topk",
     "log_taylor_softmax",
     "margin_monotonicity",
     "mbr_decode",
@@ -127,6 +130,9 @@ __all__ = [
     "scatter_logits",
     "sequence_lengths",
     "sequence_utility",
+    "soft_topk",
+    "soft_topk_loss",
+    "soft_topk_shift",
     "stablemax_cross_entropy",
     "svm_predict",
     "tie_log_probs",
