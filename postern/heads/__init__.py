@@ -28,6 +28,7 @@ from postern.heads.spherical import (
     log_taylor_softmax,
 )
 from postern.heads.stablemax import StableMaxHead, StableMaxLoss, stablemax_cross_entropy
+from postern.heads.streaming_softmax import streaming_decoupled_softmax_loss, streaming_multilabel_softmax_loss
 from postern.heads.svm import L2SVMLoss, SVMHead, one_vs_rest_hinge, svm_predict
 from postern.heads.token_mapping import (
     Clusters,
@@ -134,6 +135,8 @@ __all__ = [
     "soft_topk_loss",
     "soft_topk_shift",
     "stablemax_cross_entropy",
+    "streaming_decoupled_softmax_loss",
+    "streaming_multilabel_softmax_loss",
     "svm_predict",
     "tie_log_probs",
     "tying_floor",
