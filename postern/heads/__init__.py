@@ -5,6 +5,7 @@ from postern.heads.cnn_svm import CNNSVMClassifier
 from postern.heads.decoding import Hypotheses, beam_search, greedy_search, hamming_similarity, mbr_decode, sample
 from postern.heads.factored import FactoredLinear, FactoredSphericalHead, ScoreStatistics
 from postern.heads.hugging_face import replace_lm_head
+from postern.heads.label_sets import LabelSets
 from postern.heads.low_rank import LowRankHead
 from postern.heads.multilabel import (
     DecoupledSoftmaxLoss,
@@ -62,6 +63,7 @@ from postern.heads.utility_transforms import (
 from postern.heads.vq_cost import HeadCost, head_cost, projection_bound, tie_log_probs, tying_floor
 from postern.heads.vq_logits import VQLogitsHead, scatter_logits, vq_cross_entropy
 from postern.heads.vq_straight_through import StraightThroughVQHead
+from postern.heads.xmc_metrics import label_propensities, xmc_metrics
 from postern.heads.z_loss import ZLoss, ZLossHead, z_loss
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "HeadCost",
     "Hypotheses",
     "L2SVMLoss",
+    "LabelSets",
     "LowRankHead",
     "MultiLabelSoftmaxLoss",
     "OneVersusAllLoss",
@@ -112,6 +115,7 @@ __all__ = [
     "hamming_similarity",
     "head_cost",
     "kmeans",
+    "label_propensities",
     "log_soft_topk",
     "log_taylor_softmax",
     "margin_monotonicity",
@@ -143,5 +147,6 @@ __all__ = [
     "unigram_bias",
     "utility_logits_processor",
     "vq_cross_entropy",
+    "xmc_metrics",
     "z_loss",
 ]
