@@ -1,6 +1,7 @@
 """The few small reference networks that the experiments share."""
 
 from postern.nets.agarap import AgarapCNN, initialize_truncated
+from postern.nets.bag_of_words import BagOfWords
 from postern.nets.convnet import ConvNet
 from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
@@ -22,6 +23,7 @@ from postern.nets.vector_transformer import VectorTransformer
 __all__ = [
     "MLP",
     "AgarapCNN",
+    "BagOfWords",
     "ConvNet",
     "GridDetector",
     "LanguageModel",
