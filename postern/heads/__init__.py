@@ -1,9 +1,14 @@
 """Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; and how their logits are decided by."""
 
+"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; dual encoders and their losses."""
+
 from postern.heads.adaptive_softmax import AdaptiveSoftmaxHead
 from postern.heads.cnn_svm import CNNSVMClassifier
 from postern.heads.decoding import Hypotheses, beam_search, greedy_search, hamming_similarity, mbr_decode, sample
+from postern.heads.dual_encoder import DualEncoder, top_labels
 from postern.heads.factored import FactoredLinear, FactoredSphericalHead, ScoreStatistics
+from postern.heads.grad_cache import GradCache
+from postern.heads.hard_negatives import HardNegativeSampler, LabelPool
 from postern.heads.hugging_face import replace_lm_head
 from postern.heads.label_sets import LabelSets
 from postern.heads.low_rank import LowRankHead
@@ -73,12 +78,16 @@ __all__ = [
     "Clusters",
     "DecoupledSoftmaxLoss",
     "DesmoothTransform",
+    "DualEncoder",
     "FactoredLinear",
     "FactoredSphericalHead",
+    "GradCache",
+    "HardNegativeSampler",
     "Head",
     "HeadCost",
     "Hypotheses",
     "L2SVMLoss",
+    "LabelPool",
     "LabelSets",
     "LowRankHead",
     "MultiLabelSoftmaxLoss",
@@ -143,6 +152,7 @@ __all__ = [
     "streaming_multilabel_softmax_loss",
     "svm_predict",
     "tie_log_probs",
+    "top_labels",
     "tying_floor",
     "unigram_bias",
     "utility_logits_processor",
