@@ -6,10 +6,14 @@ from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
 from postern.data.kinds import Images, Table, Text
 from postern.data.loading import ImageName, Location, TableName, TextName, fetch, load, locate, verify
+from postern.data.multilabel import MultiLabelText, read_xmc_folder
+from postern.data.obvious_labels import ObviousLabels, ObviousQueries
 from postern.data.own import load_own, load_own_splits
 from postern.data.scenes import Scenes, digit_scenes
+from postern.data.see_also import see_also
 from postern.data.splitting import split_rows
 from postern.data.transduction import ReversedDigits, SpelledNumbers
+from postern.data.words import Vocabulary
 
 __all__ = [
     "AlgorithmicSplit",
@@ -20,6 +24,9 @@ __all__ = [
     "Images",
     "InvalidData",
     "Location",
+    "MultiLabelText",
+    "ObviousLabels",
+    "ObviousQueries",
     "ReversedDigits",
     "Scenes",
     "SpelledNumbers",
@@ -27,6 +34,7 @@ __all__ = [
     "TableName",
     "Text",
     "TextName",
+    "Vocabulary",
     "catalogue",
     "digit_scenes",
     "fetch",
@@ -35,6 +43,8 @@ __all__ = [
     "load_own_splits",
     "locate",
     "modular_arithmetic",
+    "read_xmc_folder",
+    "see_also",
     "simulated_detections",
     "sparse_parity",
     "split_rows",
