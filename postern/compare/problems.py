@@ -59,6 +59,10 @@ class Rows:
         inputs, target = self.parts[part]
         return list(zip(torch.split(inputs, 512), torch.split(target, 512), strict=True))
 
+    def counts(self) -> Int[Tensor, " classes"]:
+        """How often each class occurs in the training part."""
+        return torch.bincount(self.parts["train"][1], minlength=self.num_classes)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one input."""
@@ -86,6 +90,10 @@ class Words:
     def num_classes(self) -> int:
         """Size of the vocabulary."""
         return len(self.vocabulary)
+
+    def counts(self) -> Int[Tensor, " classes"]:
+        """How often each word occurs in the training part."""
+        return torch.bincount(self.parts["train"], minlength=self.num_classes)
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Random windows to train on: words, and the next word of each."""

@@ -1,6 +1,4 @@
-"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; and how their logits are decided by."""
-
-"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; dual encoders and their losses."""
+"""Output layers: modules with ``logits(hidden)`` and ``loss(hidden, target)``; dual encoders; decoding rules."""
 
 from postern.heads.adaptive_softmax import AdaptiveSoftmaxHead
 from postern.heads.cnn_svm import CNNSVMClassifier
