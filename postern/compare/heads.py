@@ -130,7 +130,11 @@ ENTRIES: Mapping[str, Entry] = {
     "vq-logits-unigram": Entry(
         lambda width, counts, rate: make_codebook(width, counts, True), least_classes=100, why=SHARED
     ),
-    "low-rank": Entry(lambda width, counts, rate: LowRankHead(width, len(counts), width // CODES)),
+    "low-rank": Entry(
+        lambda width, counts, rate: LowRankHead(width, len(counts), width // CODES),
+        least_classes=100,
+        why="two thin matrices save nothing where there are few classes",
+    ),
     "adaptive": Entry(
         make_adaptive, least_classes=100, why="it has narrower vectors for rare classes, so that it suits many"
     ),
