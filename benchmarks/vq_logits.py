@@ -23,7 +23,7 @@ VOCABULARIES = (50_257, 128_256, 256_000)
 WIDTHS = (512, 1024, 2048, 4096)
 BATCHES = (1, 32, 256)
 DTYPES = (torch.float32, torch.bfloat16)
-BEST = 50
+BEST = 20
 
 
 def codebook(width: int, vocabulary: int, codes: int, dtype: torch.dtype, has_token_bias: bool) -> VQLogitsHead:

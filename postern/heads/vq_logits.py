@@ -41,6 +41,7 @@ TokenBias = Literal["unigram"]
 
 # Shares of a code are kept in fixed point: integers survive a conversion of the module to 16 bits.
 _ONE = 1 << 30
+_ROWS_AT_ONCE = 32
 
 
 def scatter_logits(
@@ -49,7 +50,13 @@ def scatter_logits(
     token_bias: Float[Tensor, " classes"] | None = None,
 ) -> Float[Tensor, "*batch classes"]:
     """Give every class the logit of its code, plus its bias: ``z_i = L_M(i) + b_i``."""
-    logits = code_logits.index_select(-1, mapping)
+    if code_logits.device.type == "cpu" and code_logits.dtype.itemsize == 2:
+        # on a CPU torch selects 32-bit numbers as vectors, but 16-bit numbers one by one
+        parts = code_logits.reshape(-1, code_logits.shape[-1]).split(_ROWS_AT_ONCE)
+        selected = torch.cat([part.float().index_select(-1, mapping).to(part.dtype) for part in parts])
+        logits = selected.reshape(*code_logits.shape[:-1], len(mapping))
+    else:
+        logits = code_logits.index_select(-1, mapping)
     return logits if token_bias is None else logits.add_(token_bias.to(logits.dtype))
 
 
@@ -314,8 +321,8 @@ class VQLogitsHead(nn.Module):
     ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
         """Return the log-probabilities of the k likeliest classes, and the classes.
 
-        Only the k codes whose best classes score highest can hold them, and of each code only the first k classes in
-        the order of their biases. Among the equally likely classes of a code the lowest indices go first.
+        Only the k codes whose best classes score highest can hold them, and of each code only the first classes in the
+        order of their biases: k (k + 1) / 2 candidates. Equally likely classes of a code come in their own order.
 
         Args:
             hidden: hidden vectors.
@@ -330,25 +337,25 @@ class VQLogitsHead(nn.Module):
         code_logits = code_logits.to(torch.promote_types(code_logits.dtype, torch.float32))
         partition = self._log_partition(code_logits)[..., None]
         searched = min(k, self.num_codes)
-        if searched * k >= self.num_classes:
+        # j codes with better best classes and r better classes of its own: with j + r < k a class can be among the best
+        j, column = torch.triu_indices(searched, k, device=hidden.device)
+        r = column - j
+        if len(r) >= self.num_classes:
             scattered = scatter_logits(code_logits, self.mapping, self.token_bias)
             values, found = scattered.sort(descending=True, stable=True)
             return values[..., :k] - partition, found[..., :k]
         sizes = self.code_sizes
-        is_empty = sizes == 0
-        best = code_logits.masked_fill(is_empty, -torch.inf)
+        best = code_logits.masked_fill(sizes == 0, -torch.inf)
         if self.token_bias is not None:
             best = best + self.token_bias[self.order[self.starts[:-1].clamp_max(self.num_classes - 1)]]
-        codes = best.topk(searched).indices
-        rank = torch.arange(k, device=hidden.device)
-        place = (self.starts[codes][..., None] + rank).clamp_max(self.num_classes - 1)
-        classes = self.order[place]
-        scores = code_logits.gather(-1, codes)[..., None].expand(classes.shape)
+        codes = best.topk(searched).indices[..., j]
+        classes = self.order[(self.starts[codes] + r).clamp_max(self.num_classes - 1)].long()
+        scores = code_logits.gather(-1, codes)
         if self.token_bias is not None:
             scores = scores + self.token_bias[classes]
-        scores = scores.masked_fill(rank >= sizes[codes][..., None], -torch.inf)
-        values, found = scores.flatten(-2).sort(descending=True, stable=True)
-        return values[..., :k] - partition, classes.flatten(-2).gather(-1, found[..., :k]).long()
+        scores = scores.masked_fill(r >= sizes[codes], -torch.inf)
+        values, found = scores.sort(descending=True, stable=True)
+        return values[..., :k] - partition, classes.gather(-1, found[..., :k])
 
     @torch.no_grad()
     def remap(

@@ -374,7 +374,7 @@ class WordModel:
     context: int = 32
     batch_size: int = 16
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    more_rates: tuple[float, ...] = (3e-4, 1e-3)
+    more_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     looks: int = 4
     few: int = 100
     some: int = 16
@@ -391,7 +391,7 @@ _MODELS = {
     "small": WordModel("ptb", "test", None, None, width=64, steps=480, more_steps=320),
     "full": WordModel(
         "Salesforce/wikitext/wikitext-103-v1", "train", "test", 50_257, width=768, steps=100_000, more_steps=20_000,
-        layers=12, context=512, batch_size=32, rates=(3e-4, 6e-4), more_rates=(1e-4, 3e-4), looks=10,
+        layers=12, context=512, batch_size=32, rates=(3e-4, 6e-4), more_rates=(3e-5, 1e-4, 3e-4), looks=10,
         autocast=torch.bfloat16,
     ),
 }  # fmt: skip
@@ -400,7 +400,7 @@ _SPLIT_NOTE = (
     "A 4-gram network of 64 features, trained on the test file of the Penn Treebank (82 000 words, 6049 different "
     "ones), as its training file is not at hand; the first half of its validation file chooses learning rate and "
     "stopping time, the second half judges. Every layer, the dense one included, gets the same further steps from the "
-    "same trained model, at the better of the same two rates. "
+    "same trained model, at the best of the same three rates. "
 )
 
 

@@ -117,6 +117,18 @@ def test_as_many_codes_as_classes_are_a_dense_layer():
     torch.testing.assert_close(head.loss(hidden, target), dense.loss(hidden, target))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (70, 3), (2, 40, 3)])
+def test_scattering_copies_exactly_in_every_type(dtype, shape):
+    code_logits, bias = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(9)
+    expected = code_logits[..., MAPPING]
+    assert torch.equal(scatter_logits(code_logits, MAPPING), expected)
+    assert torch.equal(scatter_logits(code_logits, MAPPING, bias), expected + bias.to(dtype))
+    weights = torch.randint(3, expected.shape).to(dtype)  # whose sums are exact
+    (ours,) = torch.autograd.grad(scatter_logits(code_logits, MAPPING), code_logits, weights)
+    assert torch.equal(ours, torch.autograd.grad(expected, code_logits, weights)[0])
+
+
 def test_the_loss_never_holds_a_logit_a_class():
     classes, sizes = 50_000, []
     head = VQLogitsHead(4, classes, 10)
