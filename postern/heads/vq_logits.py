@@ -52,7 +52,7 @@ def scatter_logits(
     """Give every class the logit of its code, plus its bias: ``z_i = L_M(i) + b_i``."""
     if code_logits.device.type == "cpu" and code_logits.dtype.itemsize == 2:
         # on a CPU torch selects 32-bit numbers as vectors, but 16-bit numbers one by one
-        parts = code_logits.reshape(-1, code_logits.shape[-1]).split(_ROWS_AT_ONCE)
+        parts = torch.split(code_logits.reshape(-1, code_logits.shape[-1]), _ROWS_AT_ONCE)
         selected = torch.cat([part.float().index_select(-1, mapping).to(part.dtype) for part in parts])
         logits = selected.reshape(*code_logits.shape[:-1], len(mapping))
     else:
@@ -216,7 +216,8 @@ class VQLogitsHead(nn.Module):
             mapping,
             token_bias=shares,
             bias=linear.bias is not None or shares is not None,
-        ).to(rows)
+        ).to(rows.device)
+        head.codebook.to(rows.dtype)  # token biases stay as they are, logarithms of shares to seven digits
         codes = code_rows(rows, mapping, num_codes, shares)
         with torch.no_grad():
             head.codebook.weight.copy_(codes[:, : linear.in_features])
@@ -308,10 +309,7 @@ class VQLogitsHead(nn.Module):
             for _ in range(self.num_classes.bit_length()):
                 middle = (first + last) // 2
                 is_later = self.cumulative[middle] <= draw
-                first, last = (
-                    torch.where(is_later & (first < last), middle + 1, first),
-                    torch.where(is_later, last, middle),
-                )
+                first, last = torch.where(is_later, middle + 1, first), torch.where(is_later, last, middle)
             place = first
         return self.order[place].long().reshape(hidden.shape[:-1])
 

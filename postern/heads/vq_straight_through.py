@@ -233,7 +233,8 @@ class StraightThroughVQHead(nn.Module):
             self.mapping,
             token_bias=shares,
             bias=self.table.bias is not None or shares is not None,
-        ).to(self.table.weight)
+        ).to(self.table.weight.device)
+        head.codebook.to(self.table.weight.dtype)
         codes = self.codes()
         head.codebook.weight.copy_(codes[:, : self.in_features])
         if head.codebook.bias is not None:

@@ -85,8 +85,8 @@ PAPER = Paper(
         "Of equally likely tokens none is the best: a tie counts 1/n for accuracy.",
     ),
     differences=(
-        "A reconstruction from the abstract and published summaries; there is no official code, and the paper is said "
-        "to have been withdrawn for insufficient experiments.",
+        "A reconstruction from the abstract and published summaries; there is no official code. A survey says that the "
+        "paper was withdrawn for insufficient experiments, which we could not confirm.",
         "The token bias, the codes for frequent tokens, the loss and the samples from codes, and the bounds are ours. "
         "The default without a token bias computes the paper's logits.",
         "How the paper learns its mapping is not known to us. Here rows are quantised through a straight-through "

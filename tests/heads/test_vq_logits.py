@@ -235,6 +235,13 @@ def test_a_layer_without_bias_gives_the_papers_layer():
     assert VQLogitsHead.from_linear(linear, 4, counts=COUNTS, token_bias="unigram").codebook.bias is not None
 
 
+def test_a_layer_in_sixteen_bits_keeps_its_shares_in_thirty_two():
+    linear = nn.Linear(6, 9).to(torch.bfloat16)
+    head = VQLogitsHead.from_linear(linear, 4, counts=COUNTS, token_bias="unigram")
+    assert head.codebook.weight.dtype == head(torch.randn(2, 6).to(torch.bfloat16)).dtype == torch.bfloat16
+    torch.testing.assert_close(head.token_bias, unigram_bias(COUNTS, head.mapping))
+
+
 def test_more_codes_come_nearer_to_the_dense_layer():
     linear, hidden = nn.Linear(8, 200), torch.randn(50, 8)
     errors = [
