@@ -35,6 +35,11 @@ class LabelSets:
     def __repr__(self) -> str:
         return f"LabelSets({len(self)} queries, {self.num_labels} labels, {len(self._keys)} pairs)"
 
+    def to(self, device: torch.device | str) -> LabelSets:
+        """Return the same sets on a device; what they are asked must be on it too."""
+        rows, columns = self.pairs()
+        return LabelSets((rows.to(device), columns.to(device)), len(self), self.num_labels)
+
     def counts(self) -> Int[Tensor, " queries"]:
         """Number of labels of each query."""
         return self._starts.diff()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Ratio, Run
 from postern.data import MultiLabelText, ObviousLabels, ObviousQueries, Vocabulary, read_xmc_folder, see_also
+from postern.errors import Unavailable
 from postern.heads import (
     DualEncoder,
     GradCache,
@@ -341,12 +343,13 @@ BUDGETS = (1, 5, 20)
     scales=OBVIOUS,
     seeds=5,
     note=(
-        "Each k has its best of three temperatures and two learning rates, by R@20 on validation queries. Texts as in "
-        "the claim on decoupling."
+        "Each k has its best of three temperatures and two learning rates, by R@20 on validation queries. The texts are "
+        "those of the claim on decoupling; as a topic has ten labels, twenty answers hold nearly all positives once the "
+        "temperature is high enough, whatever the k. On real texts there is more to recall."
     ),
 )
 def training_for_twenty_recalls_more(config: Obvious, run: Run) -> Metrics:
-    return _compare_budgets(config, run, "R@20")
+    return _compare_budgets(_obvious_task(config, run), config.training, "R@20", OBVIOUS_METRICS, run)
 
 
 @PAPER.claim(
@@ -360,7 +363,7 @@ def training_for_twenty_recalls_more(config: Obvious, run: Run) -> Metrics:
     note="Each k has its best of three temperatures and two learning rates, by P@5 on validation queries.",
 )
 def training_for_five_is_best_at_five(config: Obvious, run: Run) -> Metrics:
-    return _compare_budgets(config, run, "P@5")
+    return _compare_budgets(_obvious_task(config, run), config.training, "P@5", OBVIOUS_METRICS, run)
 
 
 CHUNKS = (64, 256, 1024)
@@ -487,6 +490,19 @@ def decoupling_helps_on_real_texts(config: RealTexts, run: Run) -> Metrics:
 
 
 @PAPER.claim(
+    "On real texts, trained for the top 20, a dual encoder has an R@20 at least three points above one that is trained "
+    "for the top 1.",
+    reported="SoftTop-100 has the best R@100 on EURLex-4K and LF-AmazonTitles-131K.",
+    holds_when=Difference("top_20_R@20", "top_1_R@20", at_least=THREE_POINTS),
+    scales=REAL,
+    seeds=5,
+    note="Each k has its best of three temperatures and two learning rates, by R@20 on validation queries.",
+)
+def training_for_twenty_recalls_more_of_real_texts(config: RealTexts, run: Run) -> Metrics:
+    return _compare_budgets(_real_task(config, run), config.training, "R@20", REAL_METRICS, run)
+
+
+@PAPER.claim(
     "On real texts, all labels as negatives give a P@1 at least one point above hard negatives, and these at least one "
     "point above in-batch negatives.",
     reported="More negatives help: all labels, then hard negatives, then those of the batch; values not at hand.",
@@ -599,9 +615,15 @@ def _real_task(config: RealTexts, run: Run) -> _Task:
         encode = partial(words.encode, length=config.words)
         encoder = partial(BagOfWords, len(words), config.width, config.dim)
     else:
+        run.require(find_spec("transformers") is not None, "pip install 'postern[transformers]'")
         import transformers
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.encoder)
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(config.encoder)
+        except OSError as error:
+            raise Unavailable(
+                f"{config.encoder} could not be loaded, from a folder or from the Hub: {error}"
+            ) from error
 
         def encode(texts: Sequence[str]) -> Inputs:
             found = tokenizer(list(texts), max_length=config.words, padding=True, truncation=True, return_tensors="pt")
@@ -687,7 +709,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, training.steps, warm_up))
     sampler = None
     if negatives is not None:
-        sampler = HardNegativeSampler(_cpu(task.train.positives), negatives, 100, _cpu(task.train.excluded))
+        sampler = HardNegativeSampler(task.train.positives.to("cpu"), negatives, 100, task.train.excluded.to("cpu"))
     generator, draws = run.generator(1), run.generator(2)
     size = len(task.train.positives)
     for step in range(training.steps):
@@ -751,31 +773,19 @@ def _to(inputs: Inputs, device: torch.device) -> Inputs:
 def _on(device: torch.device, queries: _Queries) -> _Queries:
     return _Queries(
         _to(queries.inputs, device),
-        _moved(queries.positives, device),
-        _moved(queries.excluded, device),
+        queries.positives.to(device),
+        queries.excluded.to(device),
         None if queries.obvious is None else queries.obvious.to(device),
     )
 
 
-def _cpu(sets: LabelSets) -> LabelSets:
-    return _moved(sets, torch.device("cpu"))
-
-
-def _moved(sets: LabelSets, device: torch.device) -> LabelSets:
-    rows, columns = sets.pairs()
-    return LabelSets((rows.to(device), columns.to(device)), len(sets), sets.num_labels)
-
-
-def _compare_budgets(config: Obvious, run: Run, by: str) -> dict[str, float]:
+def _compare_budgets(task: _Task, training: Training, by: str, metrics: Sequence[str], run: Run) -> dict[str, float]:
     """Train with soft top-k losses of several k."""
-    task = _obvious_task(config, run)
-    tuned = {
-        f"top_{k}": _tune(task, partial(soft_topk_loss, k=k), config.training, by, run, f"top {k}") for k in BUDGETS
-    }
-    result = _report(tuned, OBVIOUS_METRICS, run)
+    tuned = {f"top_{k}": _tune(task, partial(soft_topk_loss, k=k), training, by, run, f"top {k}") for k in BUDGETS}
+    result = _report(tuned, metrics, run)
     run.figure(
         "budgets",
-        _bars(tuned, OBVIOUS_METRICS),
+        _bars(tuned, metrics),
         "Metrics on test queries by the k of the loss. "
         + "; ".join(
             f"{name}: P@5 {found.test['P@5']:.3f}, R@20 {found.test['R@20']:.3f}" for name, found in tuned.items()

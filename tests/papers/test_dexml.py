@@ -6,7 +6,7 @@ from scipy import sparse
 from postern.claims import Run
 from postern.data import MultiLabelText
 from postern.errors import Unavailable
-from postern.heads import soft_topk
+from postern.heads import DualEncoder, soft_topk
 from postern.papers import dexml as paper
 
 TINY = paper.Obvious(paper.Training(60, 32, (0.05,), (1e-2,)), 40, 5, 100, 50, 50, 16, 8)
@@ -107,10 +107,16 @@ def test_the_full_scale_runs_in_miniature(tmp_path, monkeypatch):
     model = tmp_path / "model"
     config = transformers.DistilBertConfig(vocab_size=20, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
     transformers.DistilBertModel(config).save_pretrained(model)
+    loaded = DualEncoder.from_hugging_face(str(model))
+    torch.testing.assert_close(
+        loaded.encoder.state_dict(), transformers.DistilBertModel.from_pretrained(model).state_dict()
+    )
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(model)
 
     training = paper.Training(20, 16, (0.05,), (1e-2,), warm_up=0.1, weight_decay=0.01, chunk=4)
+    with pytest.raises(Unavailable, match="could not be loaded"):
+        paper._real_task(paper.RealTexts(training, encoder=str(tmp_path / "nothing")), Run(seed=0, scale="full"))
     small = paper.RealTexts(training, folder="EURLex-4K", encoder=str(model), words=12, losses=("decoupled", "coupled"))
     run = Run(seed=0, scale="full")
     monkeypatch.delenv("POSTERN_DATA", raising=False)
