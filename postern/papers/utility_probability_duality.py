@@ -356,10 +356,9 @@ class Transformer:
         )
 
 
-_BASE = Transformer(
-    100_000, width=512, layers=6, heads=8, feedforward_dim=2048, batch_size=256, learning_rate=5e-4
-)  # the usual base size
-
+_SMOKE = Transformer(60, batch_size=16)
+# the usual base size
+_BASE = Transformer(100_000, width=512, layers=6, heads=8, feedforward_dim=2048, batch_size=256, learning_rate=5e-4)
 
 _NOISY_DIGITS = ReversedDigits()
 _ROWS_AT_ONCE = 4096  # sequences that are lengthened together
@@ -583,7 +582,7 @@ _MAPS: Mapping[str, Callable[[Tensor], Tensor]] = {
         AtLeast("least_sampling_change", ONE_POINT),
     ),
     scales={
-        "smoke": Transduction(Transformer(100), validation=10, test=40),
+        "smoke": Transduction(_SMOKE, validation=10, test=20),
         "small": Transduction(Transformer(600)),
         "full": Transduction(replace(_BASE, steps=10_000), ReversedDigits(24), test=2000),
     },
@@ -686,7 +685,7 @@ def _maps_in_words(rows: Sequence[Mapping[str, object]]) -> str:
 # Sampling from the transformed probabilities ------------------------------------------------------------------------
 
 _TRANSDUCTIONS = {
-    "smoke": Transduction(Transformer(150), validation=30, test=60),
+    "smoke": Transduction(_SMOKE, validation=10, test=20, samples=4, mbr_samples=4),
     "small": Transduction(Transformer(900)),
     "full": Transduction(_BASE, ReversedDigits(24), validation=2000, test=4000),
 }
@@ -1022,7 +1021,7 @@ def _beams(config: NumberWords, run: Run) -> dict[str, float]:
     reported="larger beams make generated text worse; the numbers were not available to us",
     holds_when=Difference("exact_model_beam_4", "exact_model_beam_64", at_least=TWO_POINTS),
     scales={
-        "smoke": NumberWords(Transformer(40), validation=10, test=12),
+        "smoke": NumberWords(_SMOKE, validation=10, test=6),
         "small": NumberWords(Transformer(900)),
         "full": NumberWords(replace(_BASE, steps=50_000), SpelledNumbers(6), validation=1000, test=2000),
     },
@@ -1048,7 +1047,7 @@ _DAMAGED = SpelledNumbers(empty=0.05, noise=0.15)
         Difference("exact_power_beam_64", "exact_model_beam_1", at_least=-TWO_POINTS),
     ),
     scales={
-        "smoke": NumberWords(Transformer(40), _DAMAGED, validation=10, test=12),
+        "smoke": NumberWords(_SMOKE, _DAMAGED, validation=10, test=6),
         "small": NumberWords(Transformer(900), _DAMAGED),
         "full": NumberWords(replace(_BASE, steps=50_000), replace(_DAMAGED, digits=6), validation=1000, test=2000),
     },
