@@ -220,7 +220,7 @@ class Standing:
         quality: what decides.
         lead: quality minus the best member's on the same seeds, turned so that less than 0 is worse; None for the best.
         others: the other quantities that it has, by name.
-        step_time: milliseconds of a training step over the baseline's; None where it was not timed.
+        step_time: milliseconds of a training step over the baseline's, the geometric mean; None where it was not timed.
         learning_rates: the chosen one of each seed.
         message: what went wrong, else empty.
     """
@@ -388,10 +388,16 @@ def _standing(
             for each in offered
             if all(each.name in metrics for metrics in measured)
         },
-        step_time=_estimate(ratios) if ratios else None,
+        step_time=_geometric(ratios) if ratios else None,
         learning_rates=tuple(metrics["learning_rate"] for metrics in measured),
     )
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
     return Estimate(*mean_interval(values))
+
+
+def _geometric(ratios: Sequence[float]) -> Estimate:
+    """The geometric mean, whose interval is of the logarithms, so that it cannot reach below 0."""
+    mean, low, high = mean_interval([math.log(ratio) for ratio in ratios])
+    return Estimate(math.exp(mean), math.exp(low), math.exp(high) if high < 700 else math.inf)

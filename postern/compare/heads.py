@@ -154,8 +154,8 @@ MEMBERS = (
     Member("spherical", "squares of the scores, normalised", "postern.heads.SphericalSoftmaxHead", "z-loss"),
     Member("vq-logits", f"one vector for {CODES} classes", "postern.heads.VQLogitsHead", "vq-logits"),
     Member("vq-logits-unigram", "the same with frequencies as biases", "postern.heads.VQLogitsHead", "vq-logits"),
-    Member("low-rank", f"a matrix of an {CODES}th of the rank", "postern.heads.LowRankHead", "vq-logits"),
-    Member("adaptive", "narrower vectors for rare classes", "postern.heads.AdaptiveSoftmaxHead", "vq-logits"),
+    Member("low-rank", f"a matrix of an {CODES}th of the rank", "postern.heads.LowRankHead"),
+    Member("adaptive", "narrower vectors for rare classes", "postern.heads.AdaptiveSoftmaxHead"),
 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from postern.claims import Measurement
 from postern.claims.comparison import TIMING, CannotCompare, Place, Ranking, Setting, rank
 from postern.claims.criteria import mean_interval
 from postern.claims.driver import plan_comparison, recall_comparisons, run_jobs
@@ -87,6 +88,16 @@ def test_times_are_relative_to_the_first_member_of_the_same_seed() -> None:
     alone = {s.member.name: s for s in ranked("rival", "loser").standings}
     assert alone["loser"].step_time is not None
     assert alone["loser"].step_time.mean == pytest.approx(1 / 3)
+
+
+def test_the_mean_of_times_is_geometric() -> None:
+    jobs = results("leader", "rival", seeds=2)
+    times = [({"leader": 1.0, "rival": 2.0}), ({"leader": 1.0, "rival": 8.0})]
+    changed = [replace(r, measurement=Measurement(times[r.job.seed])) if r.job.claim == TIMING else r for r in jobs]
+    rival = next(s for s in rank(CONTEST, setting("leader", "rival"), changed).standings if s.member.name == "rival")
+    assert rival.step_time is not None
+    assert rival.step_time.mean == pytest.approx(4.0)
+    assert 0 < rival.step_time.low < 2 < 8 < rival.step_time.high
 
 
 def test_quantities_that_a_member_lacks_are_left_out_for_it_alone() -> None:
