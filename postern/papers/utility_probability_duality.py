@@ -150,7 +150,7 @@ class Identity:
     gpu=(),
     note="Both are exact: the identity for any network, the margins where each input has logits of its own.",
 )
-def training_learns_preferences(config: Identity, run: Run) -> Metrics:
+def training_learns_preferences_in_reconstruction(config: Identity, run: Run) -> Metrics:
     """Compare the two sides of the identity; step on free logits and count the margins that rise."""
     errors = [
         _gradient_error(MLP(config.features, config.classes, config.widths).double(), *_random_batch(config, run, step))
@@ -228,7 +228,7 @@ class SingleSteps:
         "half still rise; at less than half, preference learning would be the wrong reading."
     ),
 )
-def small_steps_raise_most_margins(config: SingleSteps, run: Run) -> Metrics:
+def small_steps_raise_most_margins_in_reconstruction(config: SingleSteps, run: Run) -> Metrics:
     """Count the margins that single steps raise, by batch size and learning rate."""
     generator = run.generator()
     shares: dict[tuple[int, float], list[float]] = {}
@@ -293,7 +293,7 @@ class DigitTraining:
         "The share falls as training goes on, probably as fewer and fewer images decide where a step goes."
     ),
 )
-def steps_raise_margins_throughout_training(config: DigitTraining, run: Run) -> Metrics:
+def steps_raise_margins_throughout_training_in_reconstruction(config: DigitTraining, run: Run) -> Metrics:
     """Train on digits; before each of some steps, count the margins that it will raise."""
     digits = load("digits", "train")
     x, y = digits.scaled().double().flatten(1), digits.labels
@@ -595,7 +595,7 @@ _MAPS: Mapping[str, Callable[[Tensor], Tensor]] = {
         "(beam_4_outputs_changed, not judged); on this task one continuation is far ahead, and they do not."
     ),
 )
-def only_order_survives_increasing_maps(config: Transduction, run: Run) -> Metrics:
+def only_order_survives_increasing_maps_in_reconstruction(config: Transduction, run: Run) -> Metrics:
     """Train once; apply each map to the logits, and compare what decision rules make of them."""
     experiment, task = _Experiment(config, run), config.task
     model = experiment.train(0.0, "training").double()
@@ -868,7 +868,7 @@ def _samplers_in_words(tuners: Mapping[str, _Tuner]) -> str:
     seeds=3,
     note=_BUILT,
 )
-def sampling_gains_double_digits(config: Transduction, run: Run) -> Metrics:
+def sampling_gains_double_digits_in_reconstruction(config: Transduction, run: Run) -> Metrics:
     return _compare_samplers(config, run)
 
 
@@ -890,7 +890,7 @@ def sampling_gains_double_digits(config: Transduction, run: Run) -> Metrics:
         "it (matched_power, matched_top_p)."
     ),
 )
-def transforms_beat_truncation_at_equal_diversity(config: Transduction, run: Run) -> Metrics:
+def transforms_beat_truncation_at_equal_diversity_in_reconstruction(config: Transduction, run: Run) -> Metrics:
     return _compare_samplers(config, run)
 
 
@@ -1031,7 +1031,7 @@ def _beams(config: NumberWords, run: Run) -> dict[str, float]:
         "nothing bad for larger beams to find: the paradox is one of data with noise, see the next claim."
     ),
 )
-def beams_hurt_on_clean_data(config: NumberWords, run: Run) -> Metrics:
+def beams_hurt_on_clean_data_in_reconstruction(config: NumberWords, run: Run) -> Metrics:
     return _beams(config, run)
 
 
@@ -1055,9 +1055,9 @@ _DAMAGED = SpelledNumbers(empty=0.05, noise=0.15)
     note=(
         "Of the training targets 5 % are empty, and 15 % of the characters of the others are random. An empty output "
         "then has a probability of 5 %, any long one less, so that the most probable output of many numbers is empty "
-        "although each single decision is right. The damage is chosen so that this must happen once beams find it; "
-        "that it happens, and that a map of single decisions undoes it, is the point."
+        "although each single decision is right. The damage is chosen so that this must happen once beams find it, "
+        "and four beams do already; that a map of single decisions undoes it is the point."
     ),
 )
-def transformed_beams_withstand_damaged_targets(config: NumberWords, run: Run) -> Metrics:
+def transformed_beams_withstand_damaged_targets_in_reconstruction(config: NumberWords, run: Run) -> Metrics:
     return _beams(config, run)

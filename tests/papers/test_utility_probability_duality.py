@@ -83,7 +83,10 @@ def test_training_ignores_what_follows_the_end():
     assert counted.sum(1).tolist() == [len("one") + 1, len("seventy-seven") + 1]
 
 
-@pytest.mark.parametrize("name", ["sampling-gains-double-digits", "transformed-beams-withstand-damaged-targets"])
+@pytest.mark.parametrize(
+    "name",
+    ["sampling-gains-double-digits-in-reconstruction", "transformed-beams-withstand-damaged-targets-in-reconstruction"],
+)
 def test_the_full_recipe_runs_in_small(name):
     claim = paper.PAPER.claims[name]
     full = claim.scales["full"]
