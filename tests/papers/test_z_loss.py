@@ -71,8 +71,8 @@ def test_sampled_softmax_with_many_samples_is_log_softmax():
 @pytest.mark.parametrize("kind", [layers.FullSoftmax, layers.AdaptiveSoftmax, layers.HierarchicalSoftmax])
 def test_every_layer_learns(kind):
     torch.manual_seed(0)
-    layer = kind(8, 400, 0.5)
-    centres = torch.randn(400, 8)
+    layer = kind(64, 400, 0.5)
+    centres = torch.randn(400, 64)
     target = layers.zipf_classes(64, 400, torch.Generator().manual_seed(0))
     hidden = centres[target].requires_grad_()
     first = layer.loss(hidden, target).item()
