@@ -69,6 +69,7 @@ def test_singletons_cost_nothing_and_impossible_classes_no_nan():
     assert projection_bound(log_p, torch.arange(9)) == pytest.approx(0, abs=1e-15)
     impossible = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
     assert projection_bound(impossible, torch.tensor([0, 0, 1, 1])) == pytest.approx(0)
+    assert torch.equal(tie_log_probs(impossible, torch.tensor([0, 0, 1, 1])), impossible)
     assert projection_bound(impossible, torch.tensor([0, 1, 0, 1])) == pytest.approx(math.log(2))
 
 
