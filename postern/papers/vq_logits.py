@@ -80,8 +80,8 @@ PAPER = Paper(
         "Without token biases it matters more that the words of a code are about as frequent than that they are alike. "
         "In our experiments codes that are cut from the order of frequencies, which need no trained rows, cost a small "
         "codebook half as much as k-means does, or less.",
-        "The rows of frequent words stand apart and want codes of their own. A k-means that starts from a sample of the "
-        "rows misses them, and cost a third more perplexity at nearly the same distortion.",
+        "The rows of frequent words stand apart and want codes of their own. A k-means that starts from a sample of "
+        "the rows misses them, and cost a third more perplexity at nearly the same distortion.",
         "The bias of the dense layer holds the unigram distribution. Cluster rows with the bias as a last coordinate, "
         "or that is lost.",
         "The table is not free: ceil(log2 K) bits a token in a file, four bytes a token in memory here.",
