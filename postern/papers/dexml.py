@@ -447,7 +447,7 @@ class RealTexts:
     losses: tuple[str, ...] = tuple(LOSSES)
 
 
-SEE_ALSO = RealTexts(Training(200, 256, learning_rates=(3e-3, 1e-2)))
+SEE_ALSO = RealTexts(Training(200, 256, learning_rates=(3e-2, 1e-1)))
 REAL = {
     "smoke": RealTexts(Training(20, 128, (0.05,), (3e-3,))),
     "small": SEE_ALSO,
