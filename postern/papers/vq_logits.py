@@ -458,7 +458,7 @@ def token_bias_repairs_a_third(config: WordModel, run: Run) -> Metrics:
         *(Ratio(f"perplexity_{name}", f"bound_{name}", at_least=0.95, at_most=1.10) for name in ("few", "some", "many"))
     ),
     scales=_MODELS,
-    seeds=3,
+    seeds=5,
     note=(
         _SPLIT_NOTE + "The bound is that of the trained model before fine-tuning, with its codes' masses kept. Codes "
         "for a hundred, sixteen and six words."
@@ -480,7 +480,7 @@ def bound_predicts_the_cost(config: WordModel, run: Run) -> Metrics:
     reported="k-means initialisation helps (numbers not available to us)",
     holds_when=Ratio("perplexity_some", "perplexity_random", at_most=0.9),
     scales=_MODELS,
-    seeds=3,
+    seeds=5,
     note=(
         _SPLIT_NOTE
         + "One code for sixteen words. The random mapping is balanced, and its model is trained with it for "
@@ -501,7 +501,7 @@ def kmeans_is_better_than_random(config: WordModel, run: Run) -> Metrics:
     reported="robust to the number of vectors (numbers not available to us)",
     holds_when=Ratio("perplexity_few", "perplexity_many", at_most=1.10),
     scales=_MODELS,
-    seeds=3,
+    seeds=5,
     note=_SPLIT_NOTE + "Both from k-means, fine-tuned.",
 )
 def is_robust_to_the_number_of_codes(config: WordModel, run: Run) -> Metrics:
@@ -549,7 +549,7 @@ def frequent_words_want_their_own_codes(config: WordModel, run: Run) -> Metrics:
     reported="learned or pre-assigned mappings (numbers not available to us)",
     holds_when=Ratio("perplexity_learned", "perplexity_some", at_most=0.98),
     scales=_MODELS,
-    seeds=3,
+    seeds=5,
     note=(
         _SPLIT_NOTE + "One code for sixteen words. Rows are assigned to their nearest codes eight times in the further "
         "steps. How the paper learns its mapping is not known to us."
