@@ -88,8 +88,13 @@ def _file_of(module: str) -> Path | None:
     return Path(origin) if origin is not None and origin.endswith(".py") else None
 
 
-def _imports(path: Path, module: str) -> Iterator[str]:
-    """Names that a file imports; ``from a import b`` yields both ``a`` and ``a.b``, as ``b`` may be a module."""
+@functools.cache
+def _imports(path: Path, module: str) -> tuple[str, ...]:
+    """Names that a file imports; ``from a import b`` gives both ``a`` and ``a.b``, as ``b`` may be a module."""
+    return tuple(_imported(path, module))
+
+
+def _imported(path: Path, module: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -218,7 +218,7 @@ class FactoredLinear(nn.Module):
             mixed = nn.functional.linear(hidden, self.mixer)
             return nn.functional.linear(mixed, self.factor) + (hidden @ self.shift)[..., None]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable takes a second to import
     def statistics(
         self, hidden: Float[Tensor, "*batch in_features"], target: Int[Tensor, "*batch"] | Int[Tensor, "*batch targets"]
     ) -> ScoreStatistics:
@@ -250,7 +250,7 @@ class FactoredLinear(nn.Module):
         batch = hidden.shape[:-1]
         return ScoreStatistics(total.view(batch), square_total.view(batch), target_score.view(target.shape))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compiler.disable takes a second to import
     @torch.no_grad()
     def step(self) -> None:
         """Make one step with the gradients of all backward passes since the last; none, if there were none.

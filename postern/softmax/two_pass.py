@@ -171,9 +171,12 @@ def softmax_traffic(n: int, variant: TrafficVariant, *, element_bytes: int = 4, 
     return (sweeps + (not streams)) * n * element_bytes
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _num_threads() -> int:
     return torch.get_num_threads()
+
+
+# As torch.compiler.assume_constant_result does, which takes a second to import.
+_num_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fastest(logits: Tensor, dim: int, is_log: bool) -> str | None:
