@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 
 from postern.claims import Claim
-from postern.claims.fingerprint import _sources, fingerprint
+from postern.claims.fingerprint import _code, _imports, fingerprint
 from tests.claims.papers import PAPER, Setting
 
 PAPER_MODULE = """
@@ -50,11 +50,13 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path / "fresh"
     for name in [name for name in sys.modules if name.partition(".")[0] == "fresh"]:
         del sys.modules[name]
-    _sources.cache_clear()
+    _code.cache_clear()
+    _imports.cache_clear()
 
 
 def fresh_fingerprint(scale: str = "smoke") -> str:
-    _sources.cache_clear()
+    _code.cache_clear()
+    _imports.cache_clear()
     claim: Claim = importlib.import_module("fresh.paper").PAPER.claims["experiment"]
     return fingerprint(claim, scale)
 
