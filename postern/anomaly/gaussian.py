@@ -10,7 +10,6 @@ of classes, where the paper's code multiplies a batch with its own transpose for
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
@@ -23,6 +22,8 @@ from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
+
+from postern.precision import without_autocast
 
 Shrinkage = Literal["ledoit_wolf"] | float | None
 
@@ -74,8 +75,7 @@ def squared_distances(
     ``b_c = W^T (mu_c - origin)``: one product of batch x features x rank, one of batch x rank x classes. It is computed
     without autocast, since the difference of large numbers does not survive bfloat16.
     """
-    device = features.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with without_autocast(features.device):
         whitened = (features.to(whitening.dtype) - origin) @ whitening
         norms = whitened.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
         return (norms - 2 * whitened @ centres.T).clamp_min(0)

@@ -2,9 +2,13 @@
 
 from postern.attention.add_gates import add_per_head_gates
 from postern.attention.clipped_softmax import ClippedSoftmaxAttention
+from postern.attention.fit import FittedAttention, fit_attention
 from postern.attention.hugging_face import register_attention, register_clipped_softmax
+from postern.attention.lightning import lightning_attention
+from postern.attention.linear import LinearAttention, LinearState, elu_features, linear_attention
 from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
-from postern.attention.protocol import Attention
+from postern.attention.protocol import Attention, Cache
+from postern.attention.rotary import rotary_angles, rotate
 from postern.attention.self_attention import (
     KeyValueCache,
     SelfAttention,
@@ -15,8 +19,12 @@ from postern.attention.self_attention import (
 
 __all__ = [
     "Attention",
+    "Cache",
     "ClippedSoftmaxAttention",
+    "FittedAttention",
     "KeyValueCache",
+    "LinearAttention",
+    "LinearState",
     "PerHeadGate",
     "PerHeadGatedAttention",
     "SelfAttention",
@@ -24,6 +32,12 @@ __all__ = [
     "attend",
     "attention_logits",
     "attention_weights",
+    "elu_features",
+    "fit_attention",
+    "lightning_attention",
+    "linear_attention",
     "register_attention",
     "register_clipped_softmax",
+    "rotary_angles",
+    "rotate",
 ]

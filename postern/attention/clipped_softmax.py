@@ -7,8 +7,9 @@ same in a Transformers model see `postern.attention.register_clipped_softmax`.
 from __future__ import annotations
 
 from functools import partial
+from typing import Unpack
 
-from postern.attention.self_attention import SelfAttention
+from postern.attention.self_attention import HeadOptions, SelfAttention
 from postern.softmax.clipped import clipped_softmax, clipping_gamma
 
 
@@ -27,9 +28,7 @@ class ClippedSoftmaxAttention(SelfAttention):
             head die whose logits start equal, which is a danger in short sequences.
         length: tokens of the longest sequence of training.
         zeta: upper end of the stretched interval, at least 1.
-        is_causal: whether a token sees itself and earlier ones only.
-        bias: whether the four projections have one.
-        dropout: share of the clipped weights that are zeroed in training.
+        options: see `SelfAttention`; dropout acts on the clipped weights.
 
     Raises:
         ValueError: impossible sizes, alpha below 0, length below 1, or zeta below 1.
@@ -43,18 +42,14 @@ class ClippedSoftmaxAttention(SelfAttention):
         alpha: float,
         length: int,
         zeta: float = 1.0,
-        is_causal: bool = False,
-        bias: bool = True,
-        dropout: float = 0.0,
+        **options: Unpack[HeadOptions],
     ) -> None:
         gamma = clipping_gamma(None, zeta, alpha, length)
         super().__init__(
             width,
             num_heads,
-            is_causal=is_causal,
-            bias=bias,
-            dropout=dropout,
             normalise=partial(clipped_softmax, gamma=gamma, zeta=zeta),
+            **options,
         )
         self.gamma = gamma
         self.zeta = zeta

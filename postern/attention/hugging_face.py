@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from postern.attention.self_attention import Normaliser, attention_logits
+from postern.attention.self_attention import Normaliser, attention_logits, repeat_heads
 from postern.errors import MissingExtra
 from postern.softmax.clipped import clipped_softmax, clipping_gamma
 
@@ -54,15 +54,16 @@ def register_clipped_softmax(
     register_attention(name, functools.partial(clipped_softmax_forward, defaults=defaults))
 
 
-def register_attention(name: str, forward: ModelAttention) -> None:
+def register_attention(name: str, forward: ModelAttention, mask: Callable[..., Tensor | None] | None = None) -> None:
     """Register an attention function with Transformers, together with the masks that it gets.
 
     Args:
         name: for ``attn_implementation``. Transformers takes names such as "owner/name" for kernels to be downloaded,
             even where they are registered; names registered here are exempt from that.
         forward: ``forward(module, query, key, value, attention_mask, scaling=..., dropout=..., **options)``, giving
-            the output ``[batch, queries, heads, value_dim]`` and the weights or None. Its mask is None, or additive
-            ``[batch, 1, queries, keys]``, as for Transformers' own "eager" attention.
+            the output ``[batch, queries, heads, value_dim]`` and the weights or None.
+        mask: makes its mask, as registered with Transformers' ``AttentionMaskInterface``. By default the mask is None,
+            or additive ``[batch, 1, queries, keys]``, as for Transformers' own "eager" attention.
 
     Raises:
         MissingExtra: Transformers is not installed.
@@ -82,7 +83,7 @@ def register_attention(name: str, forward: ModelAttention) -> None:
             lambda candidate: candidate != name and is_kernel(candidate)
         )
     AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, eager_mask)
+    AttentionMaskInterface.register(name, eager_mask if mask is None else mask)
 
 
 def clipped_softmax_forward(
@@ -163,9 +164,7 @@ def normalised_forward(
             f"{type(module).__name__} caps its logits or adds sinks to its softmax, which other normalisers cannot; "
             f"got softcap={softcap}, s_aux={'a tensor' if s_aux is not None else None}"
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     logits = attention_logits(query, key, scaling)
     if position_bias is not None:
         logits = logits + position_bias

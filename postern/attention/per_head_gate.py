@@ -11,7 +11,7 @@ at the token (one parameter a head) or look at all tokens at once are left out.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.attention.protocol import check_input
-from postern.attention.self_attention import SelfAttention, check_heads
+from postern.attention.self_attention import HeadOptions, SelfAttention, check_heads
 
 GateKind = Literal["linear", "mlp", "all"]
 
@@ -174,9 +174,7 @@ class PerHeadGatedAttention(SelfAttention):
         num_heads: number of heads.
         kind: see `PerHeadGate`.
         initial_probability: see `PerHeadGate`.
-        is_causal: whether a token sees itself and earlier ones only.
-        bias: whether the four projections have one.
-        dropout: share of the attention weights that are zeroed in training.
+        options: see `SelfAttention`.
 
     Raises:
         ValueError: see `SelfAttention` and `PerHeadGate`.
@@ -189,15 +187,11 @@ class PerHeadGatedAttention(SelfAttention):
         *,
         kind: GateKind = "linear",
         initial_probability: float = 0.25,
-        is_causal: bool = False,
-        bias: bool = True,
-        dropout: float = 0.0,
+        **options: Unpack[HeadOptions],
     ) -> None:
         super().__init__(
             width,
             num_heads,
-            is_causal=is_causal,
-            bias=bias,
-            dropout=dropout,
             gate=PerHeadGate(width, num_heads, kind, initial_probability=initial_probability),
+            **options,
         )

@@ -8,14 +8,29 @@ A layer is called as ``layer(x, mask=None, cache=None)`` and gives ``[batch, tim
   those of the cache followed by those of ``x``. A query that may attend to nothing gets nothing: zeros.
 - ``cache`` is what the layer's ``new_cache()`` gave. It is changed in place: the layer adds what later tokens need of
   ``x``. Fed token by token, or chunk by chunk, a causal layer gives what it gives for the whole sequence.
+
+Layers whose cost grows with the time alone keep sums over the tokens instead of the tokens. They take masks
+``[batch, keys]``; one that differs by query or head is refused.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a layer keeps of the tokens that it has seen; ``len`` is their number."""
+
+    def __len__(self) -> int: ...
+
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Keep these sequences of the batch, in this order; for beam search."""
+        ...
 
 
 @runtime_checkable
@@ -30,7 +45,7 @@ class Attention(Protocol):
     width: int
     is_causal: bool
 
-    def new_cache(self) -> Any:
+    def new_cache(self) -> Cache:
         """Return an empty cache, for one sequence or one batch of them."""
         ...
 
@@ -46,6 +61,19 @@ class Attention(Protocol):
             ValueError: an input of another width, or a mask of another shape or dtype.
         """
         ...
+
+
+def check_padding(mask: Tensor | None, batch: int, num_keys: int) -> None:
+    """Check the mask of a layer that cannot take one by query or head.
+
+    Raises:
+        ValueError: not boolean, or not ``[batch, keys]``.
+    """
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, num_keys)):
+        raise ValueError(
+            f"this attention keeps sums over the keys, so that its mask is boolean and [{batch}, {num_keys}], true "
+            f"where a key may be attended to by all; got {mask.dtype} {list(mask.shape)}"
+        )
 
 
 def check_input(x: Tensor, width: int) -> None:

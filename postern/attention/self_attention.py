@@ -8,13 +8,15 @@ normaliser is any function of the softmax family, ``(logits, dim) -> probabiliti
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.attention.protocol import check_input
+from postern.attention.rotary import rotary_angles, rotate
 
 Normaliser = Callable[[Tensor, int], Tensor]
 
@@ -71,7 +73,7 @@ def allowed_keys(
 
 def attention_weights(
     query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch heads keys head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
     mask: Bool[Tensor, "*mask"] | None = None,
     *,
     is_causal: bool = False,
@@ -82,7 +84,7 @@ def attention_weights(
 
     Args:
         query: queries.
-        key: keys.
+        key: keys; several query heads in a row may share one head of keys.
         mask: see `allowed_keys`.
         is_causal: see `allowed_keys`.
         scale: by default ``1 / sqrt(head_dim)``.
@@ -91,7 +93,7 @@ def attention_weights(
     Raises:
         ValueError: see `allowed_keys`.
     """
-    logits = attention_logits(query, key, scale)
+    logits = attention_logits(query, repeat_heads(key, query.shape[1]), scale)
     allowed = allowed_keys(query.shape[-2], key.shape[-2], mask, is_causal=is_causal, device=query.device)
     if allowed is None:
         return normalise(logits, -1)
@@ -102,8 +104,8 @@ def attention_weights(
 
 def attend(
     query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch heads keys head_dim"],
-    value: Float[Tensor, "batch heads keys value_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
     mask: Bool[Tensor, "*mask"] | None = None,
     *,
     is_causal: bool = False,
@@ -115,7 +117,7 @@ def attend(
 
     Args:
         query: queries.
-        key: keys.
+        key: keys; several query heads in a row may share one head of keys and values.
         value: values.
         mask: true where a key may be attended to: ``[batch, keys]``, or broadcastable to
             ``[batch, heads, queries, keys]``. A query that may attend to nothing gets zeros.
@@ -129,11 +131,29 @@ def attend(
     """
     if normalise is not None:
         weights = attention_weights(query, key, mask, is_causal=is_causal, scale=scale, normalise=normalise)
+        value = repeat_heads(value, query.shape[1])
         return torch.matmul(F.dropout(weights, dropout, training=dropout > 0), value)
+    is_grouped = query.shape[1] != key.shape[1]
     if mask is None and is_causal and query.shape[-2] == key.shape[-2]:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=is_grouped
+        )
     allowed = allowed_keys(query.shape[-2], key.shape[-2], mask, is_causal=is_causal, device=query.device)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=is_grouped
+    )
+
+
+def repeat_heads(x: Float[Tensor, "batch kv_heads time dim"], num_heads: int) -> Float[Tensor, "batch heads time dim"]:
+    """Give each query head a copy of the keys or values that it shares with its neighbours.
+
+    Raises:
+        ValueError: heads that are no multiple of those of ``x``.
+    """
+    if num_heads % x.shape[1]:
+        raise ValueError(f"{num_heads} query heads cannot share {x.shape[1]} heads of keys and values evenly")
+    groups = num_heads // x.shape[1]
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 class KeyValueCache:
@@ -162,6 +182,22 @@ class KeyValueCache:
         self.key, self.value = key, value
         return key, value
 
+    def reorder(self, rows: Int[Tensor, " batch"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key.index_select(0, rows), self.value.index_select(0, rows)
+
+
+class HeadOptions(TypedDict, total=False):
+    """Options of `SelfAttention` that its variants pass on."""
+
+    num_kv_heads: int | None
+    is_causal: bool
+    bias: bool
+    dropout: float
+    rotary_base: float | None
+    has_qk_norm: bool
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention: ``W_O concat_h(gate_h(x) * normalise(Q_h K_h^T / sqrt(head_dim)) V_h)``.
@@ -171,15 +207,22 @@ class SelfAttention(nn.Module):
     Args:
         width: features of a token; a multiple of ``num_heads``.
         num_heads: number of heads.
-        is_causal: whether a token sees itself and earlier ones only.
-        bias: whether the four projections have one.
-        dropout: share of the attention weights that are zeroed in training.
         normalise: a function of the softmax family, ``(logits, dim) -> probabilities``; None for softmax on the fused
             kernel.
         gate: a module ``(x) -> [batch, heads, time, 1 or head_dim]`` of factors for the heads' outputs.
+        num_kv_heads: number of heads of keys and values, which ``num_heads / num_kv_heads`` query heads in a row share;
+            by default every query head has its own.
+        is_causal: whether a token sees itself and earlier ones only.
+        bias: whether the four projections have one.
+        dropout: share of the attention weights that are zeroed in training.
+        rotary_base: rotate queries and keys by their positions, counted from the first token of the cache, with this
+            base (Llama's is 10,000); None for layers that know no positions.
+        has_qk_norm: whether queries and keys are divided by their root mean square and scaled by learned factors,
+            before the rotation.
 
     Raises:
-        ValueError: sizes below 1, a width that is no multiple of the heads, or dropout outside [0, 1).
+        ValueError: sizes below 1, a width that is no multiple of the heads, heads that are no multiple of those of keys
+            and values, an odd size of the heads where they are rotated, or dropout outside [0, 1).
     """
 
     def __init__(
@@ -187,25 +230,36 @@ class SelfAttention(nn.Module):
         width: int,
         num_heads: int,
         *,
+        normalise: Normaliser | None = None,
+        gate: nn.Module | None = None,
+        num_kv_heads: int | None = None,
         is_causal: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
-        normalise: Normaliser | None = None,
-        gate: nn.Module | None = None,
+        rotary_base: float | None = None,
+        has_qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        check_heads(width, num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(width, num_heads, num_kv_heads)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout lies in [0, 1), got {dropout}")
+        head_dim = width // num_heads
+        if rotary_base is not None:
+            rotary_angles(0, head_dim, base=rotary_base)  # checks both
         self.width = width
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
         self.is_causal = is_causal
         self.dropout = dropout
         self.normalise = normalise
+        self.rotary_base = rotary_base
         self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, width, bias=bias)
-        self.value = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.output = nn.Linear(width, width, bias=bias)
+        self.query_norm = nn.RMSNorm(head_dim) if has_qk_norm else None
+        self.key_norm = nn.RMSNorm(head_dim) if has_qk_norm else None
         self.gate = gate
 
     def new_cache(self) -> KeyValueCache:
@@ -213,18 +267,27 @@ class SelfAttention(nn.Module):
         return KeyValueCache()
 
     def project(
-        self, x: Float[Tensor, "batch time width"]
+        self, x: Float[Tensor, "batch time width"], start: int = 0
     ) -> tuple[
         Float[Tensor, "batch heads time head_dim"],
-        Float[Tensor, "batch heads time head_dim"],
-        Float[Tensor, "batch heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
     ]:
-        """Return queries, keys and values of the tokens, by head."""
-        batch, time, _ = x.shape
+        """Return queries, keys and values of the tokens by head, normalised and rotated where the layer does that.
+
+        Args:
+            x: tokens.
+            start: position of the first.
+        """
         query, key, value = (
-            projection(x).view(batch, time, self.num_heads, -1).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.width // self.num_heads)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary_base is not None:
+            angles = rotary_angles(x.shape[1], query.shape[-1], start=start, base=self.rotary_base, device=x.device)
+            query, key = rotate(query, angles), rotate(key, angles)
         return query, key, value
 
     def weights(
@@ -252,7 +315,7 @@ class SelfAttention(nn.Module):
             ValueError: an input of another width, or a mask of another shape or dtype.
         """
         check_input(x, self.width)
-        query, key, value = self.project(x)
+        query, key, value = self.project(x, 0 if cache is None else len(cache))
         if cache is not None:
             key, value = cache.append(key, value)
         heads = attend(
@@ -271,14 +334,19 @@ class SelfAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what the printed module says of its settings."""
-        return f"width={self.width}, num_heads={self.num_heads}, is_causal={self.is_causal}"
+        kv_heads = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
+        rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
+        return f"width={self.width}, num_heads={self.num_heads}{kv_heads}, is_causal={self.is_causal}{rotary}"
 
 
-def check_heads(width: int, num_heads: int) -> None:
-    """Check that tokens can be cut into heads.
+def check_heads(width: int, num_heads: int, num_kv_heads: int = 1) -> None:
+    """Check that tokens can be cut into heads, and that these can share keys and values.
 
     Raises:
-        ValueError: sizes below 1, or a width that is no multiple of the heads.
+        ValueError: sizes below 1, a width that is no multiple of the heads, or heads that are no multiple of those of
+            keys and values.
     """
     if num_heads < 1 or width < 1 or width % num_heads:
         raise ValueError(f"width must be a positive multiple of num_heads, got {width} and {num_heads}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a positive multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from postern.heads.protocol import check_hidden, check_target
 from postern.heads.token_mapping import check_counts
+from postern.precision import without_autocast
 
 
 class AdaptiveSoftmaxHead(nn.Module):
@@ -70,7 +71,7 @@ class AdaptiveSoftmaxHead(nn.Module):
         check_hidden(hidden, self.in_features)
         check_target(hidden, target)
         # torch's loss fails where autocast gives its parts different types
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             flat = hidden.reshape(-1, self.in_features).to(self.softmax.head.weight.dtype)
             loss: Tensor = self.softmax(flat, self.ranks[target.reshape(-1).long()]).loss
         return loss

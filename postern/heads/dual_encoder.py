@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from postern.errors import MissingExtra
 from postern.heads._positives import at_least_float32
+from postern.precision import without_autocast
 
 Pooling = Literal["cls", "mean"]
 
@@ -118,7 +119,7 @@ class DualEncoder(nn.Module):
             excluded: pairs of a query and a label that are neither right nor wrong; their score is -inf, which the
                 losses leave out.
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with without_autocast(queries.device):
             scores = at_least_float32(queries) @ at_least_float32(labels).T / self.tau
             return scores if excluded is None else scores.index_put(excluded, scores.new_tensor(-torch.inf))
 

@@ -18,7 +18,6 @@ it from drifting; and U that a step makes singular is folded into V, where the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from postern.heads.protocol import check_hidden, check_target
 from postern.heads.spherical import SphericalLoss
+from postern.precision import without_autocast
 
 # How far beyond the range a singular value of U may wander between two looks before U is folded at once: 64 costs
 # float32 six of its 24 binary digits.
@@ -214,7 +214,7 @@ class FactoredLinear(nn.Module):
             ValueError: hidden vectors of another width, or not floating point.
         """
         hidden = self._with_bias(hidden)
-        with _full_precision(hidden.device):  # U may cost more digits than 16 bits have
+        with without_autocast(hidden.device):  # U may cost more digits than 16 bits have
             mixed = nn.functional.linear(hidden, self.mixer)
             return nn.functional.linear(mixed, self.factor) + (hidden @ self.shift)[..., None]
 
@@ -245,7 +245,7 @@ class FactoredLinear(nn.Module):
         learns = self.training and torch.is_grad_enabled()
         # It makes the backward pass come by also where no gradient of the hidden vectors is wanted.
         anchor = torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=learns)
-        with _full_precision(rows.device):
+        with without_autocast(rows.device):
             total, square_total, target_score = _Statistics.apply(rows, anchor, self, targets)  # type: ignore[no-untyped-call]
         batch = hidden.shape[:-1]
         return ScoreStatistics(total.view(batch), square_total.view(batch), target_score.view(target.shape))
@@ -261,7 +261,7 @@ class FactoredLinear(nn.Module):
         if self._gradients:
             gradient = self._merged()
             self._gradients = []
-            with _full_precision(self.factor.device):
+            with without_autocast(self.factor.device):
                 self._descend(gradient)
 
     def discard_gradients(self) -> None:
@@ -513,7 +513,7 @@ class _Statistics(torch.autograd.Function):
                 f"the layer has made {layer.num_steps - ctx.num_steps} steps since this forward pass; for several "
                 "backward passes from one set of weights, use steps_in_backward=False and call step()"
             )
-        with _full_precision(hidden.device):
+        with without_autocast(hidden.device):
             beta = 2 * by_square_total
             by_hidden = torch.addcmul(torch.outer(by_total, layer.column_sum), beta[:, None], projected)
             for column, gamma in zip(index.T, by_target_score.T, strict=True):
@@ -524,10 +524,3 @@ class _Statistics(torch.autograd.Function):
             if layer.steps_in_backward:
                 layer.step()
         return by_hidden, None, None, None
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off, on devices that have one."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -27,6 +27,7 @@ from postern.heads._positives import (
     pairs_of,
     reduce,
 )
+from postern.precision import without_autocast
 
 
 def streaming_decoupled_softmax_loss(
@@ -118,7 +119,7 @@ def _loss(
     masked_rows = torch.cat([no_pairs, *(part.rows for part in masked)])
     masked_columns = torch.cat([no_pairs, *(part.columns for part in masked)])
     queries, labels = at_least_float32(queries), at_least_float32(labels)
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries.device):
         scores, of_query = _Streamed.apply(  # type: ignore[no-untyped-call]
             queries, labels, pairs.rows, pairs.columns, masked_rows, masked_columns, 1 / tau, block
         )

@@ -1,16 +1,12 @@
-"""Self-attention against torch's own, and its mask and cache against each other."""
+"""Self-attention against torch's own; what all layers have in common is in `test_layers`."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from postern.attention import (
-    Attention,
     ClippedSoftmaxAttention,
     KeyValueCache,
     PerHeadGatedAttention,
@@ -19,27 +15,12 @@ from postern.attention import (
     attention_weights,
 )
 from postern.softmax import clipped_softmax, softmax_off_by_one
-from tests.modules import check_module
-
-WIDTH, HEADS, TIME = 24, 3, 7
-BUILDERS = {
-    "softmax": partial(SelfAttention, WIDTH, HEADS),
-    "explicit softmax": partial(SelfAttention, WIDTH, HEADS, normalise=torch.softmax),
-    "off by one": partial(SelfAttention, WIDTH, HEADS, normalise=softmax_off_by_one, bias=False),
-    "clipped": partial(ClippedSoftmaxAttention, WIDTH, HEADS, alpha=1.0, length=16),
-    "gated": partial(PerHeadGatedAttention, WIDTH, HEADS),
-    "gated by mlp": partial(PerHeadGatedAttention, WIDTH, HEADS, kind="mlp"),
-}
+from tests.attention.layers import HEADS, TIME, WIDTH
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=BUILDERS.values(), ids=BUILDERS.keys())
-def build(request):
-    return request.param
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -60,51 +41,6 @@ def test_equals_torchs_multi_head_attention(is_causal, normalise):
     torch.testing.assert_close(layer.weights(x, padding), weights)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_satisfies_the_protocol(build, is_causal):
-    layer = build(is_causal=is_causal)
-    assert isinstance(layer, Attention)
-    check_module(partial(build, is_causal=is_causal), torch.randn(2, TIME, WIDTH))
-
-
-def test_survives_with_a_padding_mask(build):
-    mask = torch.ones(2, TIME, dtype=torch.bool)
-    mask[0, 5:] = False
-    check_module(build, torch.randn(2, TIME, WIDTH), mask, compile=False)
-
-
-@settings(deadline=None, max_examples=30)
-@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5), name=st.sampled_from(sorted(BUILDERS)))
-def test_decoding_in_chunks_equals_the_whole(chunks, name):
-    torch.manual_seed(0)
-    layer = BUILDERS[name](is_causal=True).double()
-    x = torch.randn(2, sum(chunks), WIDTH, dtype=torch.float64)
-    padding = torch.ones(2, sum(chunks), dtype=torch.bool)
-    padding[1, 0] = False
-    cache, pieces, seen = layer.new_cache(), [], 0
-    for piece in x.split(chunks, dim=1):
-        seen += piece.shape[1]
-        pieces.append(layer(piece, padding[:, :seen], cache=cache))
-    assert len(cache) == seen
-    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x, padding))
-
-
-def test_a_causal_layer_does_not_see_the_future(build):
-    layer = build(is_causal=True).double()
-    x = torch.randn(1, TIME, WIDTH, dtype=torch.float64)
-    changed = x.clone()
-    changed[:, 4:] = torch.randn(1, TIME - 4, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(layer(changed)[:, :4], layer(x)[:, :4])
-    assert (layer(changed)[:, 4:] - layer(x)[:, 4:]).abs().max() > 1e-3
-    assert (layer.weights(x).triu(1) == 0).all()
-
-
-def test_a_bidirectional_layer_is_equivariant(build):
-    layer = build().double()
-    x, order = torch.randn(1, TIME, WIDTH, dtype=torch.float64), torch.randperm(TIME)
-    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order])
-
-
 @pytest.mark.parametrize("normalise", [None, torch.softmax, partial(clipped_softmax, alpha=1.0), softmax_off_by_one])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_what_may_attend_to_nothing_gets_nothing(normalise, is_causal):
@@ -117,15 +53,6 @@ def test_what_may_attend_to_nothing_gets_nothing(normalise, is_causal):
     assert torch.isfinite(output).all()
     output.square().sum().backward()
     assert torch.isfinite(query.grad).all()
-
-
-def test_padding_changes_nothing_for_the_others(build):
-    layer = build().double()
-    x = torch.randn(2, TIME, WIDTH, dtype=torch.float64)
-    mask = torch.ones(2, TIME, dtype=torch.bool)
-    mask[:, 5:] = False
-    torch.testing.assert_close(layer(x, mask)[:, :5], layer(x[:, :5]))
-    torch.testing.assert_close(layer(x, mask[:, None, None]), layer(x, mask))
 
 
 def test_clipping_refers_to_the_length_of_training():
@@ -175,21 +102,13 @@ def test_dropout_acts_in_training_alone_and_keeps_the_mean():
     torch.testing.assert_close(layer(x), layer(x))
 
 
-def test_a_copy_decodes_by_itself():
-    layer = SelfAttention(WIDTH, HEADS, is_causal=True)
-    cache = layer.new_cache()
-    with torch.no_grad():
-        layer(torch.randn(1, 3, WIDTH), cache=cache)
-        other = copy.deepcopy(cache)
-        layer(torch.randn(1, 2, WIDTH), cache=other)
-    assert (len(cache), len(other)) == (3, 5)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: SelfAttention(10, 3), "multiple of num_heads, got 10 and 3"),
         (lambda: SelfAttention(8, 0), "got 8 and 0"),
+        (lambda: SelfAttention(8, 4, num_kv_heads=3), "multiple of num_kv_heads, got 4 and 3"),
+        (lambda: SelfAttention(6, 2, rotary_base=10.0), "even number of features.*got 3 and 10"),
         (lambda: SelfAttention(8, 2, dropout=1.0), r"dropout lies in \[0, 1\), got 1\.0"),
         (lambda: SelfAttention(8, 2)(torch.zeros(1, 3, 9)), r"\[batch, time, 8\], got \[1, 3, 9\]"),
         (lambda: SelfAttention(8, 2)(torch.zeros(1, 3, 8, dtype=torch.int64)), r"got torch\.int64"),
@@ -202,6 +121,27 @@ def test_a_copy_decodes_by_itself():
 def test_rejects_what_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_weights_of_a_causal_layer_are_lower_triangular():
+    x = torch.randn(1, TIME, WIDTH)
+    for layer in (SelfAttention(WIDTH, HEADS, is_causal=True), SelfAttention(WIDTH, 6, num_kv_heads=2, is_causal=True)):
+        assert layer.weights(x).shape == (1, layer.num_heads, TIME, TIME)
+        assert (layer.weights(x).triu(1) == 0).all()
+
+
+@pytest.mark.parametrize("normalise", [None, torch.softmax])
+def test_shared_heads_are_copies(normalise):
+    layer = SelfAttention(WIDTH, 6, num_kv_heads=2, is_causal=True, normalise=normalise, rotary_base=100.0).double()
+    whole = SelfAttention(WIDTH, 6, is_causal=True, rotary_base=100.0).double()
+    state = layer.state_dict()
+    for name in ("key", "value"):
+        for kind in ("weight", "bias"):
+            shared = state[f"{name}.{kind}"]
+            state[f"{name}.{kind}"] = shared.view(2, 4, -1).repeat_interleave(3, 0).reshape(24, *shared.shape[1:])
+    whole.load_state_dict(state)
+    x = torch.randn(2, TIME, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), whole(x))
 
 
 def test_a_cache_belongs_to_one_batch():

@@ -1,0 +1,47 @@
+"""Positions as rotations of queries and keys, so that their product depends on the distance alone.
+
+Paper: "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864; the layout is that of Llama,
+where feature j is rotated together with feature j + dim / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def rotary_angles(
+    num_positions: int, dim: int, *, start: float = 0, step: float = 1, base: float = 10_000.0, device: object = None
+) -> Float[Tensor, "time half"]:
+    """``position * base^(-2j / dim)`` for ``j = 0 .. dim/2 - 1``, in float32.
+
+    Args:
+        num_positions: how many positions.
+        dim: features that are rotated; even.
+        start: the first position.
+        step: distance of one position to the next.
+        base: the slowest rotation is about ``base`` times slower than the fastest.
+        device: where to make them.
+
+    Raises:
+        ValueError: an odd number of features, or a base that is not positive.
+    """
+    if dim % 2 or dim < 2 or not base > 0:
+        raise ValueError(f"rotation needs an even number of features and a positive base, got {dim} and {base}")
+    positions = start + step * torch.arange(num_positions, device=device, dtype=torch.float32)  # type: ignore[call-overload]
+    frequencies = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)  # type: ignore[call-overload]
+    angles: Tensor = positions[:, None] * frequencies
+    return angles
+
+
+def rotate(x: Float[Tensor, "*batch time dim"], angles: Float[Tensor, "time half"]) -> Float[Tensor, "*batch time dim"]:
+    """Rotate feature j of each token together with feature j + dim/2, by its angle j.
+
+    Args:
+        x: queries or keys.
+        angles: from `rotary_angles`.
+    """
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,57 @@
+"""The attention layers that follow the protocol: each is put through `test_layers` by its entry here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from postern.attention import ClippedSoftmaxAttention, LinearAttention, PerHeadGatedAttention, SelfAttention
+from postern.softmax import softmax_off_by_one
+
+WIDTH, HEADS, TIME = 24, 3, 7
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How a layer is made and what may be asked of it.
+
+    Attributes:
+        build: ``build(is_causal=...)``, of width `WIDTH`.
+        directions: values of ``is_causal`` that it has.
+        knows_positions: whether its output changes with the order of the tokens.
+        has_any_mask: whether it takes masks by query and head.
+        compile: whether it compiles to one graph.
+        bfloat16: whether it runs under autocast.
+        tolerance: see `tests.modules.check_module`.
+    """
+
+    build: Callable[..., nn.Module]
+    directions: tuple[bool, ...] = (False, True)
+    knows_positions: bool = False
+    has_any_mask: bool = True
+    compile: bool = True
+    bfloat16: bool = True
+    tolerance: float = 0.1
+
+
+LAYERS = {
+    "softmax": Layer(partial(SelfAttention, WIDTH, HEADS)),
+    "explicit-softmax": Layer(partial(SelfAttention, WIDTH, HEADS, normalise=torch.softmax)),
+    "off-by-one": Layer(partial(SelfAttention, WIDTH, HEADS, normalise=softmax_off_by_one, bias=False)),
+    "grouped": Layer(partial(SelfAttention, WIDTH, 6, num_kv_heads=2)),
+    "grouped-explicit": Layer(partial(SelfAttention, WIDTH, 6, num_kv_heads=2, normalise=torch.softmax)),
+    "rotary": Layer(
+        partial(SelfAttention, WIDTH, 6, num_kv_heads=3, rotary_base=100.0, has_qk_norm=True), knows_positions=True
+    ),
+    "clipped": Layer(partial(ClippedSoftmaxAttention, WIDTH, HEADS, alpha=1.0, length=16)),
+    "per-head-gate": Layer(partial(PerHeadGatedAttention, WIDTH, HEADS)),
+    "per-head-gate-mlp": Layer(
+        partial(PerHeadGatedAttention, WIDTH, HEADS, kind="mlp", rotary_base=100.0), knows_positions=True
+    ),
+    "linear": Layer(partial(LinearAttention, WIDTH, HEADS), has_any_mask=False),
+    "linear-rotary": Layer(
+        partial(LinearAttention, WIDTH, 6, num_kv_heads=2, rotary_base=100.0), knows_positions=True, has_any_mask=False
+    ),
+}
