@@ -142,9 +142,11 @@ class Contest:
         costs: what else is measured of each training, such as memory; the times come besides.
         train: trains a member with every learning rate of the setting and returns its quality, the other qualities and
             costs, and ``learning_rate``, the chosen one.
-        time: returns milliseconds of a training step of every member by the member's name, taken by turns.
+        time: returns milliseconds of a training step of every member by the member's name, taken by turns, and those
+            of the other ``paces`` by ``"pace member"``. What it draws and tabulates is shown as well.
         unsuited: for each member that does not suit the data of a setting, why.
         shown: further qualities of each kind that are shown where a member has them.
+        paces: what else is timed, and what the reader sees of it, such as ``{"decoding": "time of a decoded word"}``.
     """
 
     family: str
@@ -157,6 +159,7 @@ class Contest:
     time: Timing
     unsuited: Callable[[Setting], Mapping[str, str]]
     shown: Mapping[str, tuple[Quantity, ...]] = field(default_factory=dict)
+    paces: Mapping[str, str] = field(default_factory=dict)
 
     def member(self, name: str) -> Member:
         """The member called ``name``.
@@ -221,6 +224,7 @@ class Standing:
         lead: quality minus the best member's on the same seeds, turned so that less than 0 is worse; None for the best.
         others: the other quantities that it has, by name.
         step_time: milliseconds of a training step over the baseline's, the geometric mean; None where it was not timed.
+        paces: the same of what else was timed, by name.
         learning_rates: the chosen one of each seed.
         message: what went wrong, else empty.
     """
@@ -231,6 +235,7 @@ class Standing:
     lead: Estimate | None = None
     others: Mapping[str, Estimate] = field(default_factory=dict)
     step_time: Estimate | None = None
+    paces: Mapping[str, Estimate] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     message: str = ""
 
@@ -265,6 +270,12 @@ class Ranking:
         return tuple(each for each in offered if any(each.name in standing.others for standing in self.standings))
 
     @property
+    def paces(self) -> Mapping[str, str]:
+        """What was timed besides the training step, of some member at least."""
+        timed = {name for standing in self.standings for name in standing.paces}
+        return {name: label for name, label in self.contest.paces.items() if name in timed}
+
+    @property
     def seconds(self) -> float:
         """Seconds of all its jobs together."""
         return sum(result.seconds for result in self.results)
@@ -290,6 +301,7 @@ class Ranking:
                 "lead": plain(each.lead),
                 **plain(each.others),
                 "step_time": plain(each.step_time),
+                **plain(each.paces),
                 "learning_rates": list(each.learning_rates),
                 "message": each.message,
             }
@@ -375,9 +387,9 @@ def _standing(
         place = Place.BEHIND if lead.high < 0 else Place.LEVEL
     measured = [result.measurement.metrics for result in results]
     offered = (*contest.shown.get(setting.kind, ()), *contest.costs)
-    ratios = [
-        each[member.name] / each[setting.baseline] for each in times if {member.name, setting.baseline} <= each.keys()
-    ]
+    paces = {
+        pace: _times_baseline(times, f"{pace} {member.name}", f"{pace} {setting.baseline}") for pace in contest.paces
+    }
     return Standing(
         member,
         place,
@@ -388,7 +400,8 @@ def _standing(
             for each in offered
             if all(each.name in metrics for metrics in measured)
         },
-        step_time=_geometric(ratios) if ratios else None,
+        step_time=_times_baseline(times, member.name, setting.baseline),
+        paces={pace: estimate for pace, estimate in paces.items() if estimate is not None},
         learning_rates=tuple(metrics["learning_rate"] for metrics in measured),
     )
 
@@ -397,7 +410,10 @@ def _estimate(values: Sequence[float]) -> Estimate:
     return Estimate(*mean_interval(values))
 
 
-def _geometric(ratios: Sequence[float]) -> Estimate:
-    """The geometric mean, whose interval is of the logarithms, so that it cannot reach below 0."""
+def _times_baseline(times: Sequence[Mapping[str, float]], name: str, baseline: str) -> Estimate | None:
+    """The geometric mean of the ratios; the interval is of the logarithms, so that it cannot reach below 0."""
+    ratios = [each[name] / each[baseline] for each in times if {name, baseline} <= each.keys()]
+    if not ratios:
+        return None
     mean, low, high = mean_interval([math.log(ratio) for ratio in ratios])
     return Estimate(math.exp(mean), math.exp(low), math.exp(high) if high < 700 else math.inf)

@@ -231,7 +231,8 @@ def print_ranking(ranking: Ranking) -> None:
         table.add_column(heading, overflow="fold")
     for quantity in ranking.quantities:
         table.add_column(quantity.label, justify="right")
-    table.add_column(f"step time, times {ranking.setting.baseline}'s", justify="right")
+    for label in ("step time", *ranking.paces.values()):
+        table.add_column(f"{label}, times {ranking.setting.baseline}'s", justify="right")
     table.add_column("learning rates", overflow="fold")
     for each in ranking.standings:
         style = PLACES[each.place]
@@ -245,7 +246,7 @@ def print_ranking(ranking: Ranking) -> None:
             _estimate_in_words(each.quality, ranking.quality.scale),
             _estimate_in_words(each.lead, ranking.quality.scale) if each.lead else "",
             *("" if o is None else number(o.mean * q.scale) for q, o in zip(quantities[1:], others, strict=True)),
-            number(each.step_time.mean) if each.step_time else "",
+            *(number(time.mean) if time else "" for time in (each.step_time, *map(each.paces.get, ranking.paces))),
             ", ".join(f"{rate:g}" for rate in sorted(set(each.learning_rates))),
         )
     console.print(table)

@@ -30,7 +30,7 @@ UNKNOWN = "<unknown>"
 MAX_WORDS = 8192
 CONTEXT = 32  # words that a language model sees
 _TEXT_BATCH, _ROWS_BATCH = 16, 64
-_TEST_WINDOWS = 400
+_TEST_WORDS = 12_800  # of validation and test part, at most
 _PATCHES = 8  # a side, at most
 
 
@@ -80,11 +80,21 @@ class Words:
     Attributes:
         vocabulary: the words; index 0 is every other word.
         parts: word indices by part.
+        context: words that a model sees at once.
     """
 
     vocabulary: tuple[str, ...]
     parts: Mapping[str, Int[Tensor, " words"]]
     kind: str = "text"
+    context: int = CONTEXT
+
+    def __post_init__(self) -> None:
+        for part, words in self.parts.items():
+            if len(words) < 2 * (self.context + 1):
+                raise CannotCompare(
+                    f"the {part} part of the text has {len(words)} words; a language model over {self.context} words "
+                    f"needs {2 * (self.context + 1)} in each part: take a longer text"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -97,12 +107,12 @@ class Words:
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Random windows to train on: words, and the next word of each."""
-        windows = random_windows(self.parts["train"], CONTEXT + 1, _TEXT_BATCH, generator)
+        windows = random_windows(self.parts["train"], self.context + 1, _TEXT_BATCH, generator)
         return windows[:, :-1], windows[:, 1:]
 
     def batches(self, part: Part) -> list[Batch]:
         """Consecutive windows from the beginning of a part, in batches."""
-        windows = consecutive_windows(self.parts[part], CONTEXT + 1, _TEST_WINDOWS)
+        windows = consecutive_windows(self.parts[part], self.context + 1, _TEST_WORDS // self.context)
         return [(batch[:, :-1], batch[:, 1:]) for batch in torch.split(windows, 32)]
 
 
@@ -121,7 +131,7 @@ def make_problem(splits: Mapping[str, Kind]) -> Problem:
     """
     train = splits["train"]
     if isinstance(train, Text):
-        return _words({name: part.text for name, part in _parts(train, splits, (0.8, 0.1, 0.1)).items()}, train.name)
+        return _words({name: part.text for name, part in _parts(train, splits, (0.8, 0.1, 0.1)).items()})
     rows = (0.6, 0.2, 0.2)
     if isinstance(train, Images):
         images = {name: (part.scaled(), part.labels) for name, part in _parts(train, splits, rows).items()}
@@ -151,14 +161,8 @@ def _parts(train: Each, splits: Mapping[str, Kind], shares: tuple[float, float, 
         raise CannotCompare(str(error)) from error
 
 
-def _words(texts: Mapping[str, str], name: str) -> Words:
+def _words(texts: Mapping[str, str]) -> Words:
     words = {part: WORD.findall(text) for part, text in texts.items()}
-    for part, found in words.items():
-        if len(found) < 2 * (CONTEXT + 1):
-            raise CannotCompare(
-                f"the {part} part of {name or 'the text'} has {len(found)} words; a language model over "
-                f"{CONTEXT} words needs {2 * (CONTEXT + 1)} in each part: take a longer text"
-            )
     common = [word for word, count in Counter(words["train"]).most_common(MAX_WORDS - 1) if count > 1]
     vocabulary = (UNKNOWN, *common)
     index = {word: k for k, word in enumerate(vocabulary)}

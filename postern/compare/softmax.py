@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from postern.attention import SelfAttention
 from postern.claims.comparison import Member
 from postern.compare.problems import CONTEXT, Problem, Rows, Words
-from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
+from postern.compare.training import CROSS_ENTROPY, make_contest
+from postern.compare.transformer import Transformer
 from postern.nets import LanguageModel, VectorTransformer
 from postern.softmax import (
     clipped_softmax,
@@ -41,27 +42,6 @@ MEMBERS = (
     Member("off-by-one", "one more, empty place", "postern.softmax.softmax_off_by_one"),
     Member("stablemax", "grows linearly", "postern.softmax.stablemax", "grokking-stablemax"),
 )
-
-
-class Transformer(Learner):
-    """A transformer whose attention normalises as the member does."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy."""
-        return nn.functional.cross_entropy(self.scores(inputs).flatten(0, -2), target.flatten())
-
-    def scores(self, inputs: Tensor) -> Tensor:
-        """The logits."""
-        scores: Tensor = self.network(inputs)
-        return scores
-
-    def log_probabilities(self, scores: Tensor) -> Tensor | None:
-        """By softmax, whatever the attention's normaliser."""
-        return torch.log_softmax(scores, -1)
 
 
 def network(name: str, problem: Problem) -> nn.Module:

@@ -47,6 +47,8 @@ class Learner(nn.Module):
 
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
 Build = Callable[[str, Problem, float], Learner]  # member, problem, learning rate -> untrained learner
+Examination = Callable[[Learner, Problem], Mapping[str, float]]
+Timing = Callable[[Setting, Problem, Run], Mapping[str, float]]
 
 
 def make_contest(
@@ -59,6 +61,10 @@ def make_contest(
     build: Build,
     prepare: Callable[[Problem], Problem] = lambda problem: problem,
     unsuited: Callable[[Problem], Mapping[str, str]] = lambda problem: {},
+    examined: Sequence[Quantity] = (),
+    examine: Examination = lambda learner, problem: {},
+    paces: Mapping[str, str] | None = None,
+    time_more: Timing = lambda setting, problem, run: {},
 ) -> Contest:
     """A contest whose members are trained and timed as all are, judged by accuracy except on texts.
 
@@ -71,6 +77,10 @@ def make_contest(
         build: makes a member's untrained network.
         prepare: turns the data's problem into what the networks take.
         unsuited: see `Contest`.
+        examined: what else is looked at in a trained network.
+        examine: measures it where a member has it.
+        paces: what is timed besides the training step; see `Contest`.
+        time_more: times it, and draws and tabulates what else there is to see of all members.
     """
     on_texts = (NEXT_WORD, TOP_10, CROSS_ENTROPY)
     quality = {"text": text_quality, "table": ACCURACY, "images": ACCURACY}
@@ -82,11 +92,12 @@ def make_contest(
 
     def train(name: str, setting: Setting, run: Run) -> Metrics:
         problem = prepare(problem_of(setting))
-        return tune(partial(build, name, problem), problem, setting, quality[setting.kind], run)
+        return tune(partial(build, name, problem), problem, setting, quality[setting.kind], run, examine)
 
     def time(setting: Setting, run: Run) -> Metrics:
         problem = prepare(problem_of(setting))
-        return time_steps({name: partial(build, name, problem) for name in setting.members}, problem, setting, run)
+        steps = time_steps({name: partial(build, name, problem) for name in setting.members}, problem, setting, run)
+        return {**steps, **time_more(setting, problem, run)}
 
     return Contest(
         family=family,
@@ -94,11 +105,12 @@ def make_contest(
         members=tuple(members),
         task=task,
         quality=quality,
-        costs=(MEMORY,),
+        costs=(*examined, MEMORY),
         train=train,
         time=time,
         unsuited=lambda setting: unsuited(prepare(problem_of(setting))),
         shown=shown,
+        paces=paces or {},
     )
 
 
@@ -158,7 +170,14 @@ def evaluate(learner: Learner, problem: Problem, part: Part) -> dict[str, float]
     return {name: total / count for name, total in sums.items()}
 
 
-def tune(build: Builder, problem: Problem, setting: Setting, quality: Quantity, run: Run) -> Metrics:
+def tune(
+    build: Builder,
+    problem: Problem,
+    setting: Setting,
+    quality: Quantity,
+    run: Run,
+    examine: Examination = lambda learner, problem: {},
+) -> Metrics:
     """Train with every learning rate of the grid, choose by validation, and test that one.
 
     Every rate starts from the same parameters and sees the same batches. A rate whose loss is no number any more is
@@ -183,6 +202,7 @@ def tune(build: Builder, problem: Problem, setting: Setting, quality: Quantity, 
     _, rate, learner = best
     return {
         **evaluate(learner, problem, "test"),
+        **examine(learner, problem),
         "learning_rate": rate,
         "memory_mib": step_memory(lambda: build(rate), problem, run) / 2**20,
     }
@@ -212,7 +232,7 @@ def step_memory(build: Callable[[], Learner], problem: Problem, run: Run) -> int
     return memory.peak
 
 
-def time_steps(builders: Mapping[str, Builder], problem: Problem, setting: Setting, run: Run) -> Metrics:
+def time_steps(builders: Mapping[str, Builder], problem: Problem, setting: Setting, run: Run) -> dict[str, float]:
     """Milliseconds of a training step of every member: the best of several, taken by turns on the same batches.
 
     Of 20, or of as many as fit into ten seconds, but of 3 at least.

@@ -1,5 +1,7 @@
 """A contest whose members' qualities are known, for the tests of comparisons."""
 
+from matplotlib.figure import Figure
+
 from postern.claims import Metrics, Run
 from postern.claims.comparison import Contest, Member, Quantity, Setting
 
@@ -10,6 +12,7 @@ ACCURACY = {
     "loser": (0.80, 0.82, 0.82, 0.81),
 }
 STEP_MS = {"leader": 2.0, "rival": 3.0, "loser": 1.0, "broken": 5.0}
+PLAYING_MS = {"leader": 4.0, "loser": 12.0}
 
 
 def train(member: str, setting: Setting, run: Run) -> Metrics:
@@ -21,7 +24,17 @@ def train(member: str, setting: Setting, run: Run) -> Metrics:
 
 
 def time(setting: Setting, run: Run) -> Metrics:
-    return {member: STEP_MS[member] * (1 + run.seed / 10) for member in setting.members}
+    pace = 1 + run.seed / 10
+    run.figure("memory-by-length", drawing(), "What the toys keep of their past, by its length.")
+    run.table("What the toys keep", [{"toy": member, "KiB": 2.5} for member in setting.members])
+    playing = {f"playing {member}": ms for member, ms in PLAYING_MS.items() if member in setting.members}
+    return {member: STEP_MS[member] * pace for member in setting.members} | playing
+
+
+def drawing() -> Figure:
+    figure = Figure(figsize=(3, 2))
+    figure.add_subplot().plot([1, 2], [3, 4])
+    return figure
 
 
 def unsuited(setting: Setting) -> dict[str, str]:
@@ -47,6 +60,7 @@ CONTEST = Contest(
     time=time,
     unsuited=unsuited,
     shown={"table": (Quantity("loss", "test loss, nats"),)},
+    paces={"playing": "time of a game", "sleeping": "time of a nap"},
 )
 
 

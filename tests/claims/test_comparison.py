@@ -90,6 +90,14 @@ def test_times_are_relative_to_the_first_member_of_the_same_seed() -> None:
     assert alone["loser"].step_time.mean == pytest.approx(1 / 3)
 
 
+def test_other_times_are_relative_too_where_they_were_taken() -> None:
+    ranking = rank(CONTEST, setting(), results())
+    paces = {each.member.name: each.paces for each in ranking.standings}
+    assert paces["loser"]["playing"].mean == pytest.approx(3.0)
+    assert paces["rival"] == {}
+    assert ranking.paces == {"playing": "time of a game"}
+
+
 def test_the_mean_of_times_is_geometric() -> None:
     jobs = results("leader", "rival", seeds=2)
     times = [({"leader": 1.0, "rival": 2.0}), ({"leader": 1.0, "rival": 8.0})]

@@ -643,10 +643,13 @@ def test_a_comparison_shows_every_member_with_its_place_and_numbers(report):
         "Test loss, nats lower is better",
         "Memory, MiB lower is better",
         "Step time multiple of leader’s; lower is better",
+        "Time of a game multiple of leader’s; lower is better",
         "Learning rate chosen on validation data",
     ]
     assert best[:4] == ["leader wins from torch import softmax", "Best", "90.8 89.2 to 92.3", "–"]
-    assert best[6:] == ["1.00", "0.001"]
+    assert best[6:] == ["1.00", "1.00", "0.001"]
+    assert level[7] == "–"
+    assert behind[7] == "3.00"
     assert level[1:4] == ["Level", "90.5 87.2 to 93.8", "−0.3 −2.6 to 2.1"]
     assert behind[1:5] == ["Behind", "81.2 79.7 to 82.8", "−9.50 −10.42 to −8.58", "–"]  # it has no loss
     assert behind[6] == "0.500"
@@ -687,6 +690,15 @@ def test_a_comparisons_charts_and_badges_tell_places_apart_by_shape(report):
     shapes = Counter(a["d"] for tag, a in page.tags if tag == "path" and "d" in a)
     assert all(shapes[shape] >= 4 for shape in charts.SHAPES.values())  # in both charts and in two badges
     assert len(set(charts.SHAPES.values())) == len(charts.SHAPES) == 3
+
+
+def test_what_the_timing_drew_and_tabulated_is_shown(report):
+    source = (report / COMPARED[0]).read_text()
+    section = Page(re.search(r'<section aria-labelledby="timing">.*?</section>', source, re.DOTALL)[0])
+    words = " ".join(section.text.split())
+    assert "Memory by length. What the toys keep of their past, by its length." in words
+    assert "What the toys keep toyKiB leader2.50" in words
+    assert "<svg" in source
 
 
 def test_names_of_data_are_text(report):

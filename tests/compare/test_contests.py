@@ -3,18 +3,21 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from postern import compare
 from postern.claims import Run
 from postern.claims.comparison import CannotCompare, Contest, Setting
-from postern.compare.problems import digest_of, kind_of
+from postern.compare import attention
+from postern.compare.problems import digest_of, kind_of, problem_of
+from postern.compare.transformer import Transformer
 from postern.data import load_own_splits
 from postern.papers import find
 
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = "the cat sat on the mat . the dog ate the cat ; a bird saw it all , and sang . " * 80
+    words = "the cat sat on the mat . the dog ate the cat ; a bird saw it all , and sang . " * 160
     path = tmp_path_factory.mktemp("text") / "mine.txt"
     path.write_text(words)
     return str(path)
@@ -83,6 +86,46 @@ def test_all_are_timed_together() -> None:
     assert set(names) == set(times)
 
 
+def test_attention_is_examined_and_timed_by_length(text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    contest = compare.find("attention")
+    monkeypatch.setattr("postern.compare.attention.LENGTHS", (64, 256))
+    chosen = replace(setting(contest, text_file), members=("softmax", "linear"))
+    run = Run(seed=0, scale="test")
+    times = contest.time(chosen, run)
+    assert set(times) == {"softmax", "linear", "decoding softmax", "decoding linear"}
+    assert min(times.values()) > 0
+    assert list(run.figures) == ["memory-by-length"]
+    rows = {(row["attention"], row["words before"]): row for row in run.tables["by length"]}
+    kept = "cache of a layer, KiB"
+    assert rows["softmax", 64][kept] == 2 * 64 * 64 * 4 / 1024
+    assert rows["softmax", 256][kept] == 4 * rows["softmax", 64][kept]
+    assert rows["linear", 256][kept] == rows["linear", 64][kept] == (4 * 16 * 16 + 4 * 16) * 4 / 1024
+    softmax, linear = (contest.train(name, chosen, run) for name in chosen.members)
+    assert 0 < softmax["first_token_attention"] < 1
+    assert "first_token_attention" not in linear
+    for metrics in (softmax, linear):
+        assert metrics["largest_activation"] > 0
+        assert metrics["kurtosis"] > 1
+
+
+def test_attention_on_the_first_token_is_found_out(text_file: str) -> None:
+    problem = attention.prepare(problem_of(setting(compare.find("attention"), text_file)))
+    learner = Transformer(attention.network("softmax", problem))
+    queries = [layer.attention.query for layer in learner.network.layers]
+    with torch.no_grad():
+        for query in queries:
+            query.weight.zero_()
+    uniform = attention.examine(learner, problem)["first_token_attention"]
+    assert uniform == pytest.approx(sum(1 / (k + 1) for k in range(8, 128)) / 120, rel=1e-4)
+    with torch.no_grad():
+        learner.network.position.weight[0, 0] = 100.0
+        for layer in learner.network.layers:
+            layer.attention.key.weight.zero_()
+            layer.attention.key.weight[:, 0] = 1.0
+            layer.attention.query.bias.fill_(2.0)
+    assert attention.examine(learner, problem)["first_token_attention"] > 0.99
+
+
 def test_data_that_changed_is_not_taken_for_what_was_planned(text_file: str) -> None:
     contest = compare.find("softmax")
     chosen = setting(contest, text_file)
@@ -94,6 +137,6 @@ def test_data_that_changed_is_not_taken_for_what_was_planned(text_file: str) -> 
 def test_families_without_a_comparison_say_so() -> None:
     with pytest.raises(CannotCompare, match="no comparison of 'sofmax'; did you mean softmax"):
         compare.find("sofmax")
-    with pytest.raises(CannotCompare, match="there are: softmax, heads"):
+    with pytest.raises(CannotCompare, match="there are: softmax, heads, attention"):
         compare.find("boxes")
     assert [contest.family for contest in compare.contests()] == list(compare.FAMILIES)

@@ -13,7 +13,20 @@ from postern.claims.comparison import TIMING, Estimate, Place, Quantity, Ranking
 from postern.claims.outcome import JobResult, Status
 from postern.claims.paper import Paper
 from postern.claims.report import charts, text
-from postern.claims.report.views import Failure, MetricRow, device_in_words, failures_of, import_lines, known_facts
+from postern.claims.report.views import (
+    Failure,
+    FigureView,
+    MetricRow,
+    TableView,
+    device_in_words,
+    failures_of,
+    figure_views,
+    import_lines,
+    inks_of,
+    known_facts,
+    table_views,
+)
+from postern.claims.run import Measurement
 
 PLACE_NAMES: Mapping[Place, str] = {
     Place.BEST: "best",
@@ -68,6 +81,9 @@ class RankingView:
         date: when its last job ended, None where none was run.
         lanes: the chart of all qualities, empty where there are none.
         scatter: the chart of quality against step time, empty where nobody was timed.
+        figures: what the timing drew, of its first seed.
+        tables: what it tabulated.
+        inks: colours of the figures.
         by_seed: the quality of each member and seed.
         failures: what went wrong, by member.
         remarks: what a reader has to know of these numbers in particular.
@@ -81,6 +97,9 @@ class RankingView:
     date: date | None
     lanes: Markup
     scatter: Markup
+    figures: tuple[FigureView, ...]
+    tables: tuple[TableView, ...]
+    inks: tuple[str, ...]
     by_seed: tuple[MetricRow, ...]
     failures: tuple[tuple[str, tuple[Failure, ...]], ...]
     remarks: tuple[str, ...]
@@ -142,6 +161,8 @@ def _view(ranking: Ranking, papers: Mapping[str, Paper]) -> RankingView:
     ]
     label = f"{ranking.quality.label} ({_better(ranking.quality)})"
     names = [(standing.member.name, standing.member.name) for standing in standings]
+    timed = next((each.measurement for each in _of(TIMING, results) if each.status is Status.DONE), Measurement({}))
+    figures = tuple(figure_views(timed.figures, "timing"))
     failures = [(words, tuple(failures_of(_of(name, results)))) for words, name in (*names, ("Times", TIMING))]
     return RankingView(
         ranking=ranking,
@@ -164,6 +185,9 @@ def _view(ranking: Ranking, papers: Mapping[str, Paper]) -> RankingView:
         date=max(result.finished for result in results).date() if results else None,
         lanes=charts.quality_lanes(marks, label),
         scatter=charts.quality_by_time(marks, label, f"step time, multiple of {ranking.setting.baseline}’s"),
+        figures=figures,
+        tables=tuple(table_views(timed.tables)),
+        inks=inks_of(figures),
         by_seed=tuple(
             _by_seed(ranking, standing.member.name, quality)
             for standing, quality in zip(standings, qualities, strict=True)
@@ -185,6 +209,9 @@ def _columns(ranking: Ranking) -> Iterator[Column]:
     if any(each.step_time for each in standings):
         times = _readings([each.step_time for each in standings])
         yield Column("step time", f"multiple of {ranking.setting.baseline}’s; lower is better", times)
+    for name, label in ranking.paces.items():
+        times = _readings([each.paces.get(name) for each in standings])
+        yield Column(label, f"multiple of {ranking.setting.baseline}’s; lower is better", times)
 
 
 def _readings(estimates: Sequence[Estimate | None], scale: float = 1.0) -> tuple[charts.Reading | None, ...]:

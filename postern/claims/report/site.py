@@ -73,7 +73,9 @@ def write_report(
         )
         for view in shown
     } | {
-        view.href: templates.get_template("comparison.html").render(common | {"view": view, "root": "../", "inks": ""})
+        view.href: templates.get_template("comparison.html").render(
+            common | {"view": view, "root": "../", "inks": _inks(view.inks)}
+        )
         for view in compared
     }
     families = sorted({paper.family for paper in papers})

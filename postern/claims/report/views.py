@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -274,14 +274,13 @@ def _paper_view(
         for claim in paper.claims.values()
     )
     measured = [each for view in claims for each in (*view.measured, *view.published)]
-    inks = {ink for each in measured for view in each.figures if view.figure for ink in view.figure.colours}
     return PaperView(
         paper=paper,
         number=number,
         claims=claims,
         imports=highlight.python(import_lines(paper.components)),
         example=highlight.python(paper.example.strip("\n")),
-        inks=tuple(sorted(inks)),
+        inks=inks_of([view for each in measured for view in each.figures]),
     )
 
 
@@ -359,8 +358,8 @@ def _from_outcome(outcome: Outcome, *, is_published: bool) -> Measured:
         facts=known_facts(facts),
         provenance=known_facts([("Configuration", _configuration(configuration))]),
         curves=tuple(charts.curve_charts({r.job.seed: r.measurement.logs for r in done})),
-        figures=tuple(_figures(pictured.measurement.figures, identifier)) if pictured else (),
-        tables=tuple(_tables(pictured.measurement.tables)) if pictured else (),
+        figures=tuple(figure_views(pictured.measurement.figures, identifier)) if pictured else (),
+        tables=tuple(table_views(pictured.measurement.tables)) if pictured else (),
         pictured_seed=pictured.job.seed if pictured and len(done) > 1 else None,
         message=outcome.message,
         failures=tuple(failures_of(outcome.results)),
@@ -418,7 +417,7 @@ def _from_document(claim: Claim, document: Mapping[str, Any], index: int) -> Mea
         metrics=_metric_rows(metrics, claim.holds_when),
         facts=known_facts(facts),
         provenance=known_facts(provenance),
-        tables=tuple(_tables(document.get("tables") or {})),
+        tables=tuple(table_views(document.get("tables") or {})),
         pictured_seed=seeds[0] if seeds else None,
         message=str(document.get("message") or ""),
         remarks=tuple(remarks),
@@ -536,7 +535,18 @@ def _metric_rows(metrics: Mapping[int, Metrics], criterion: Criterion) -> tuple[
     return tuple(rows)
 
 
-def _figures(pictures: Mapping[str, Picture], prefix: str) -> Iterator[FigureView]:
+def inks_of(views: Iterable[FigureView]) -> tuple[str, ...]:
+    """Return the colours of figures, which a page sets anew in the dark theme."""
+    return tuple(sorted({ink for view in views if view.figure for ink in view.figure.colours}))
+
+
+def figure_views(pictures: Mapping[str, Picture], prefix: str) -> Iterator[FigureView]:
+    """Yield what a page shows of figures.
+
+    Args:
+        pictures: the figures by name.
+        prefix: begins their identifiers, which are unique on a page.
+    """
     for index, (name, picture) in enumerate(pictures.items()):
         identifier = f"{prefix}-figure-{index}"
         try:
@@ -546,7 +556,8 @@ def _figures(pictures: Mapping[str, Picture], prefix: str) -> Iterator[FigureVie
         yield FigureView(name, identifier, picture.description, figure)
 
 
-def _tables(tables: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[TableView]:
+def table_views(tables: Mapping[str, Sequence[Mapping[str, object]]]) -> Iterator[TableView]:
+    """Yield what a page shows of tables by name."""
     for name, rows in tables.items():
         columns = tuple((column, all(_is_number(row[column]) for row in rows)) for column in rows[0])
         cells = tuple(tuple(_cell(row[column]) for column, _ in columns) for row in rows)

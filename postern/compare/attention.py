@@ -1,0 +1,241 @@
+"""Attention layers compared: the same transformer around them; also what decoding and longer texts cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from postern.attention import ClippedSoftmaxAttention, LinearAttention, PerHeadGatedAttention, SelfAttention
+from postern.claims import Run
+from postern.claims.comparison import Member, Quantity, Setting
+from postern.claims.timing import best_times
+from postern.compare.memory import TensorMemory
+from postern.compare.problems import Problem, Rows, Words
+from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
+from postern.compare.transformer import Transformer
+from postern.nets import LanguageModel, VectorTransformer
+from postern.quantize import OutlierStatistics
+
+WIDTH, HEADS, LAYERS = 64, 4, 2
+CONTEXT = 128  # words
+LENGTHS = (128, 512, 2048)  # at which decoding and memory are looked at
+ROTARY_BASE = 10_000.0
+_TIMED_TOKENS = 15
+_PROBED_WINDOWS = 8
+_FIRST_QUERIES = 8  # which have few tokens to choose from
+
+FIRST_TOKEN = Quantity("first_token_attention", "attention on the first token, %", scale=100.0)
+LARGEST = Quantity("largest_activation", "largest activation")
+KURTOSIS = Quantity("kurtosis", "kurtosis of activations")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a layer takes part.
+
+    Attributes:
+        make: ``make(is_causal=...)``.
+        is_causal_only: whether it has no bidirectional form.
+    """
+
+    make: Callable[..., nn.Module]
+    is_causal_only: bool = False
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "softmax": Entry(partial(SelfAttention, WIDTH, HEADS)),
+    "softmax-rotary": Entry(partial(SelfAttention, WIDTH, HEADS, rotary_base=ROTARY_BASE, has_qk_norm=True)),
+    "softmax-grouped": Entry(partial(SelfAttention, WIDTH, HEADS, num_kv_heads=1)),
+    "clipped": Entry(partial(ClippedSoftmaxAttention, WIDTH, HEADS, alpha=1.0, length=CONTEXT)),
+    "per-head-gate": Entry(partial(PerHeadGatedAttention, WIDTH, HEADS, kind="all")),
+    "linear": Entry(partial(LinearAttention, WIDTH, HEADS)),
+}
+MEMBERS = (
+    Member("softmax", "softmax attention on torch's fused kernel", "postern.attention.SelfAttention"),
+    Member(
+        "softmax-rotary", "the same with rotated and normalised queries and keys", "postern.attention.SelfAttention"
+    ),
+    Member("softmax-grouped", "the same with one head of keys and values", "postern.attention.SelfAttention"),
+    Member(
+        "clipped",
+        "its probabilities stretched and clipped",
+        "postern.attention.ClippedSoftmaxAttention",
+        "quantizable-transformers",
+    ),
+    Member(
+        "per-head-gate",
+        "a gate a head and token",
+        "postern.attention.PerHeadGatedAttention",
+        "quantizable-transformers",
+    ),
+    Member("linear", "sums of elu features in the place of softmax", "postern.attention.LinearAttention"),
+)
+
+
+def network(name: str, problem: Problem, context: int | None = None) -> nn.Module:
+    """An untrained transformer with the attention of a member, for words or tokens."""
+    make = ENTRIES[name].make
+    if isinstance(problem, Words):
+        length = problem.context if context is None else context
+        return LanguageModel(
+            problem.num_classes, WIDTH, LAYERS, HEADS, length, attention=lambda _: make(is_causal=True)
+        )
+    tokens, features = problem.shape
+    return VectorTransformer(
+        features, tokens, problem.num_classes, WIDTH, LAYERS, HEADS, attention=lambda _: make(is_causal=False)
+    )
+
+
+def prepare(problem: Problem) -> Problem:
+    """Inputs as tokens, and longer windows of a text."""
+    return problem.as_tokens() if isinstance(problem, Rows) else replace(problem, context=CONTEXT)
+
+
+def unsuited(problem: Problem) -> dict[str, str]:
+    """Layers that know one direction, where there is none."""
+    if isinstance(problem, Words):
+        return {}
+    return {
+        name: "its tokens see earlier ones only, which suits texts, not the columns or patches of a row"
+        for name, entry in ENTRIES.items()
+        if entry.is_causal_only
+    }
+
+
+@torch.no_grad()
+def examine(learner: Learner, problem: Problem) -> dict[str, float]:
+    """Outliers of the layers' outputs, and how much of the attention lies on the first token where it has weights.
+
+    The first queries, which have few tokens to choose from, do not count.
+    """
+    model: Any = learner.network
+    device = next(learner.parameters()).device
+    inputs = problem.batches("test")[0][0][:_PROBED_WINDOWS].to(device)
+    seen: dict[Any, Tensor] = {}
+
+    def keep(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[layer] = args[0]
+
+    hooks = [layer.attention.register_forward_hook(keep) for layer in model.layers]
+    learner.eval()
+    with OutlierStatistics(model) as outliers:
+        model(inputs)
+    for hook in hooks:
+        hook.remove()
+    found = {"largest_activation": outliers.max_infinity_norm, "kurtosis": outliers.mean_kurtosis}
+    if isinstance(problem, Words) and all(hasattr(layer, "weights") for layer in seen):
+        shares = [layer.weights(x)[..., _FIRST_QUERIES:, 0].mean() for layer, x in seen.items()]
+        found["first_token_attention"] = float(torch.stack(shares).mean())
+    return found
+
+
+def time_by_length(setting: Setting, problem: Problem, run: Run) -> dict[str, float]:
+    """Time a decoded word after so many others; count the memory of a layer and of its cache at each length."""
+    if not isinstance(problem, Words):
+        return {}
+    decoding = {length: _decoding_times(setting.members, problem, length, run) for length in LENGTHS}
+    training = {name: [_layer_memory(name, length, run) for length in LENGTHS] for name in setting.members}
+    caches = {name: [_cache_memory(name, length, run) for length in LENGTHS] for name in setting.members}
+    baseline = setting.baseline
+    run.table(
+        "by length",
+        [
+            {
+                "attention": name,
+                "words before": length,
+                f"decoded word, times {baseline}'s": decoding[length][name] / decoding[length][baseline],
+                "cache of a layer, KiB": caches[name][index] / 2**10,
+                "training memory of a layer, MiB": training[name][index] / 2**20,
+            }
+            for name in setting.members
+            for index, length in enumerate(LENGTHS)
+        ],
+    )
+    run.figure("memory-by-length", _memory_figure(training, caches), _memory_in_words(training, caches))
+    longest = decoding[LENGTHS[-1]]
+    return {f"decoding {name}": 1e3 * longest[name] for name in setting.members}
+
+
+@torch.no_grad()
+def _decoding_times(members: Sequence[str], problem: Words, length: int, run: Run) -> dict[str, float]:
+    """Seconds of one more word, the best of several, taken by turns."""
+    words = torch.randint(problem.num_classes, (1, length + 2 * _TIMED_TOKENS), generator=run.generator(3))
+    words = words.to(run.device)
+    steps: dict[str, Callable[[], object]] = {}
+    for name in members:
+        torch.manual_seed(run.seed)
+        model: Any = network(name, problem, words.shape[1]).to(run.device).eval()
+        cache = model.new_cache()
+        model(words[:, :length], cache=cache)
+        steps[name] = torch.no_grad()(lambda model=model, cache=cache: model(words[:, :1], cache=cache))
+    return best_times(steps, _TIMED_TOKENS)
+
+
+def _layer_memory(name: str, length: int, run: Run) -> int:
+    """Bytes of a layer's forward and backward pass at their height, parameters included."""
+    with TensorMemory() as memory:
+        layer: Any = ENTRIES[name].make(is_causal=True).to(run.device)
+        x = torch.randn(1, length, WIDTH, device=run.device, requires_grad=True)
+        torch.autograd.backward([layer(x).square().mean()])
+    return memory.peak
+
+
+@torch.no_grad()
+def _cache_memory(name: str, length: int, run: Run) -> int:
+    """Bytes of what a layer keeps of so many tokens."""
+    layer: Any = ENTRIES[name].make(is_causal=True).to(run.device).eval()
+    cache = layer.new_cache()
+    layer(torch.randn(1, length, WIDTH, device=run.device), cache=cache)
+    return sum(value.nbytes for value in vars(cache).values() if isinstance(value, Tensor))
+
+
+def _memory_figure(training: Mapping[str, Sequence[int]], caches: Mapping[str, Sequence[int]]) -> Figure:
+    figure = Figure(figsize=(8, 3.6))
+    for place, (title, sizes) in enumerate((("training", training), ("cache", caches)), start=1):
+        axes = figure.add_subplot(1, 2, place)
+        for name, values in sizes.items():
+            axes.plot(LENGTHS, [value / 2**20 for value in values], marker="o", markersize=3, label=name)
+        axes.set(title=title, xlabel="words", ylabel="MiB a layer", xscale="log", yscale="log")
+        axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+        axes.minorticks_off()
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def _memory_in_words(training: Mapping[str, Sequence[int]], caches: Mapping[str, Sequence[int]]) -> str:
+    told = "; ".join(
+        f"{name}: training {training[name][0] / 2**20:.2g} to {training[name][-1] / 2**20:.2g} MiB, "
+        f"cache {caches[name][0] / 2**10:.3g} to {caches[name][-1] / 2**10:.3g} KiB"
+        for name in training
+    )
+    return f"Memory of one layer for one sequence of {LENGTHS[0]} to {LENGTHS[-1]:,} words. {told}."
+
+
+CONTEST = make_contest(
+    family="attention",
+    module=__name__,
+    members=MEMBERS,
+    task={
+        "text": f"A causal transformer of {LAYERS} layers, {WIDTH} wide, tells each word of the text from the "
+        f"{CONTEXT} before it; the member is its attention.",
+        "table": f"A transformer of {LAYERS} layers, {WIDTH} wide, classifies the rows, a token a column; the member "
+        "is its attention.",
+        "images": f"A transformer of {LAYERS} layers, {WIDTH} wide, classifies the images, a token a patch; the member "
+        "is its attention.",
+    },
+    text_quality=CROSS_ENTROPY,
+    build=lambda name, problem, rate: Transformer(network(name, problem)),
+    prepare=prepare,
+    unsuited=unsuited,
+    examined=(FIRST_TOKEN, LARGEST, KURTOSIS),
+    examine=examine,
+    paces={"decoding": f"time of a decoded word after {LENGTHS[-1]:,}"},
+    time_more=time_by_length,
+)
