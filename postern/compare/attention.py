@@ -179,7 +179,8 @@ def _decoding_times(members: Sequence[str], problem: Words, length: int, run: Ru
 
 def _layer_memory(name: str, length: int, run: Run) -> int:
     """Bytes of a layer's forward and backward pass at their height, parameters included."""
-    with TensorMemory() as memory:
+    memory = TensorMemory()
+    with memory:
         layer: Any = ENTRIES[name].make(is_causal=True).to(run.device)
         x = torch.randn(1, length, WIDTH, device=run.device, requires_grad=True)
         torch.autograd.backward([layer(x).square().mean()])
