@@ -3,7 +3,7 @@
 from postern.attention.add_gates import add_per_head_gates
 from postern.attention.clipped_softmax import ClippedSoftmaxAttention
 from postern.attention.fit import FittedAttention, fit_attention
-from postern.attention.hugging_face import register_attention, register_clipped_softmax
+from postern.attention.hugging_face import register_attention, register_clipped_softmax, register_linear_attention
 from postern.attention.lightning import lightning_attention
 from postern.attention.linear import LinearAttention, LinearState, elu_features, linear_attention
 from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
@@ -38,6 +38,7 @@ __all__ = [
     "linear_attention",
     "register_attention",
     "register_clipped_softmax",
+    "register_linear_attention",
     "rotary_angles",
     "rotate",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from postern.attention.hugging_face import register_attention
+from postern.attention.hugging_face import padding_mask, register_attention
 from postern.attention.protocol import Attention, Cache
 from postern.errors import MissingExtra
 
@@ -92,16 +92,10 @@ def fit_attention(model: nn.Module, make: Callable[[int], nn.Module]) -> dict[st
 
 
 def _register() -> None:
-    def padding(attention_mask: Tensor | None = None, kv_length: int = 0, **_: Any) -> Tensor | None:
-        """The mask that fitted layers get: ``[batch, keys]``, or None where nothing is padded."""
-        if attention_mask is None or bool(attention_mask.all()):
-            return None
-        return attention_mask[:, -kv_length:].bool()
-
     def refuse(module: nn.Module, *_: Any, **__: Any) -> Any:
         raise ValueError(f"{type(module).__name__} is not an attention layer of postern; fit_attention makes such")
 
-    register_attention(FITTED, refuse, mask=padding)
+    register_attention(FITTED, refuse, mask=padding_mask)
 
 
 def _own_cache(cache: Any, layer_idx: int, attention: Attention) -> Cache:

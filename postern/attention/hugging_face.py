@@ -1,5 +1,7 @@
 """Attention of postern under a name that the models of Hugging Face Transformers know.
 
+Layers with parameters of their own are put into a model by `postern.attention.fit_attention` instead.
+
 After `register_clipped_softmax` any model whose attention goes through Transformers' ``AttentionInterface`` (OPT, BERT,
 ViT, Llama and most others) uses the clipped softmax by name:
 
@@ -18,11 +20,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from postern.attention.linear import FeatureMap, LinearState, elu_features, linear_attention
 from postern.attention.self_attention import Normaliser, attention_logits, repeat_heads
 from postern.errors import MissingExtra
 from postern.softmax.clipped import clipped_softmax, clipping_gamma
 
 CLIPPED_SOFTMAX = "postern/clipped_softmax"
+LINEAR_ATTENTION = "postern/linear_attention"
 
 ModelAttention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -52,6 +56,84 @@ def register_clipped_softmax(
     clipping_gamma(gamma, zeta, alpha, 1)
     defaults = {"alpha": alpha, "gamma": gamma, "zeta": zeta}
     register_attention(name, functools.partial(clipped_softmax_forward, defaults=defaults))
+
+
+def register_linear_attention(
+    name: str = LINEAR_ATTENTION, *, query_features: FeatureMap = elu_features, key_features: FeatureMap | None = None
+) -> None:
+    """Register linear attention with Transformers; models then use it by name.
+
+    Features are taken of the queries and keys that the model gives, after its rotations. The model's scaling of the
+    logits is not applied, and its cache keeps all keys, so that only the forward pass over many tokens is linear;
+    `postern.attention.LinearAttention` has a cache that does not grow.
+
+    Args:
+        name: for ``attn_implementation``.
+        query_features: positive features of the queries.
+        key_features: of the keys; by default those of the queries.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+    """
+    key_features = query_features if key_features is None else key_features
+    forward = functools.partial(linear_forward, query_features=query_features, key_features=key_features)
+    register_attention(name, forward, mask=padding_mask)
+
+
+def linear_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    *,
+    query_features: FeatureMap,
+    key_features: FeatureMap,
+    is_causal: bool | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
+    """Attend in a Transformers model; what `register_linear_attention` registers.
+
+    Args:
+        module: the model's attention layer.
+        query: queries, the last of which stands at the last key.
+        key: keys.
+        value: values.
+        attention_mask: from `padding_mask`.
+        query_features: positive features of the queries.
+        key_features: of the keys.
+        is_causal: by default what the layer says.
+        dropout: must be 0: there are no weights to be zeroed.
+
+    Raises:
+        ValueError: dropout of attention weights.
+    """
+    if dropout:
+        raise ValueError(
+            f"linear attention has no weights to be dropped; set the model's attention dropout to 0, not {dropout}"
+        )
+    query, key = query_features(query), key_features(key)
+    if not (getattr(module, "is_causal", False) if is_causal is None else is_causal):
+        return linear_attention(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    state, before = LinearState(), key.shape[2] - query.shape[2]
+    old, new = slice(0, before), slice(before, None)
+    masks = (None, None) if attention_mask is None else (attention_mask[:, old], attention_mask[:, new])
+    if before:
+        absent = query.new_zeros(*query.shape[:2], before, query.shape[3])
+        linear_attention(absent, key[:, :, old], value[:, :, old], masks[0], is_causal=True, state=state)
+    output = linear_attention(query, key[:, :, new], value[:, :, new], masks[1], is_causal=True, state=state)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(attention_mask: Tensor | None = None, kv_length: int = 0, **_: Any) -> Tensor | None:
+    """A mask ``[batch, keys]``, true where a key may be attended to, or None where nothing is padded.
+
+    To be registered with Transformers' ``AttentionMaskInterface``.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask[:, -kv_length:].bool()
 
 
 def register_attention(name: str, forward: ModelAttention, mask: Callable[..., Tensor | None] | None = None) -> None:

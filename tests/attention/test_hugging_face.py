@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from postern.attention import register_attention, register_clipped_softmax
+from postern.attention import elu_features, register_attention, register_clipped_softmax, register_linear_attention
 from postern.softmax import clipped_softmax
 
 transformers = pytest.importorskip("transformers")
@@ -258,3 +258,43 @@ def test_names_the_extra_where_transformers_is_missing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.startswith("MissingExtra")
     assert "pip install 'postern[transformers]'" in done.stdout
+
+
+LINEAR = "postern/linear_attention"
+
+
+def test_linear_attention_is_that_of_its_definition(model_and_inputs):
+    """The same as attention whose weights are the normalised products of the features."""
+
+    def products(query, key, value, allowed):
+        weights = (elu_features(query) @ elu_features(key).mT) * allowed
+        return (weights @ value) / (weights.sum(-1, keepdim=True) + 1e-6)
+
+    def quadratic(module, query, key, value, attention_mask, **_):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        allowed = 1 if attention_mask is None else (attention_mask > -1).to(query)
+        return products(query, key, value, allowed).transpose(1, 2), None
+
+    make, inputs = model_and_inputs
+    register_linear_attention()
+    register_attention("postern/quadratic", quadratic)
+    found = real_tokens(make(attn_implementation=LINEAR), inputs)
+    torch.testing.assert_close(found, real_tokens(make(attn_implementation="postern/quadratic"), inputs))
+
+
+@pytest.mark.parametrize("make", [opt, llama])
+def test_linear_attention_decodes_with_the_models_cache(make):
+    register_linear_attention()
+    model, inputs = make(attn_implementation=LINEAR), text()
+    inputs["attention_mask"][1] = 1  # padded on the left alone
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(**inputs, **options, use_cache=True)
+    assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
+
+
+def test_linear_attention_has_no_weights_to_drop():
+    register_linear_attention()
+    model = llama(attn_implementation=LINEAR, attention_dropout=0.5).train()
+    with pytest.raises(ValueError, match="no weights to be dropped"):
+        model(**text())
