@@ -69,10 +69,6 @@ class Circuits:
                 f"{list(self.key_query.shape)} and {list(self.output_value.shape)}"
             )
 
-    def __len__(self) -> int:
-        """Return the number of models, where there are several."""
-        return len(self.key_query) if self.key_query.dim() > 3 else 1
-
     def __getitem__(self, model: int) -> Circuits:
         """Return those of one of several models."""
         if self.key_query.dim() < 4:

@@ -159,6 +159,7 @@ def autoregressive_covariance(dim: int, correlation: float) -> Float[Tensor, "di
 def _cholesky(covariance: Tensor, dim: int) -> Tensor:
     if covariance.shape != (dim, dim):
         raise ValueError(f"the covariance of {dim} entries is [{dim}, {dim}], got {list(covariance.shape)}")
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(covariance.double())
     if failed or not torch.allclose(covariance, covariance.T):
         raise ValueError("the covariance must be symmetric and positive definite, and is not")

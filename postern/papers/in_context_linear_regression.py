@@ -366,8 +366,8 @@ def _show_circuits(circuits: Circuits, run: Run) -> None:
     run.figure(
         "circuits",
         figure,
-        "The circuits of one model: KQ is a multiple of the identity on the inputs and 0 elsewhere, OV is 0 but for "
-        f"the label. omega and mu by head: {described}.",
+        "The circuits of one model. In the pattern, KQ is a multiple of the identity on the inputs and 0 elsewhere, and "
+        f"OV is 0 but for the label. omega and mu by head: {described}.",
     )
 
 
@@ -846,8 +846,8 @@ _TWO_TASKS = {
     note=(
         "What a head does for a task is |mu| times the norm of its comparison of inputs; own_task_share is the part "
         "for each head's larger task, averaged over the models, and split_evenly the share of models with two heads "
-        "a task. On the tuning seeds the heads always split evenly, but in a third of the models one pair also served "
-        "the other task, at the same error: training has no reason to undo it, and twice the steps did not."
+        "a task. On the tuning seeds all models split evenly, but in a quarter to a half of them a pair of heads also "
+        "serves the other task, at the same error: nothing in the loss undoes it, and twice the steps did not."
     ),
 )
 def splits_heads_by_task(config: TwoTasks, run: Run) -> Metrics:
