@@ -366,8 +366,8 @@ def _show_circuits(circuits: Circuits, run: Run) -> None:
     run.figure(
         "circuits",
         figure,
-        "The circuits of one model. In the pattern, KQ is a multiple of the identity on the inputs and 0 elsewhere, and "
-        f"OV is 0 but for the label. omega and mu by head: {described}.",
+        "The circuits of one model. In the pattern, KQ is a multiple of the identity on the inputs and 0 elsewhere, "
+        f"and OV is 0 but for the label. omega and mu by head: {described}.",
     )
 
 
