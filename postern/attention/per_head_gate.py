@@ -145,7 +145,21 @@ class PerHeadGate(nn.Module):
         if self.kind != "mlp" or self.is_rescaled:
             nn.init.constant_(self.bias, math.log(self.initial_probability / (1 - self.initial_probability)))
 
-    def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch heads time 1"]:
+    def forward(
+        self, y: Float[Tensor, "batch heads time head_dim"], x: Float[Tensor, "batch time width"]
+    ) -> Float[Tensor, "batch heads time head_dim"]:
+        """Return the heads' outputs times their factors.
+
+        Args:
+            y: outputs of the heads.
+            x: the attention layer's input.
+
+        Raises:
+            ValueError: tokens of another width.
+        """
+        return y * self.scores(x)
+
+    def scores(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch heads time 1"]:
         """Return the factors of the heads' outputs.
 
         Raises:

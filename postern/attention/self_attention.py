@@ -2,13 +2,13 @@
 
 Without either it is the attention of "Attention Is All You Need" (arXiv 1706.03762) on PyTorch's fused kernel. A
 normaliser is any function of the softmax family, ``(logits, dim) -> probabilities``; a gate is any module
-``(x) -> factors`` for the heads' outputs.
+``(y, x) -> y`` that changes the heads' outputs, or what it is put behind, in the light of the layer's input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from postern.attention.protocol import check_input
 from postern.attention.rotary import rotary_angles, rotate
 
 Normaliser = Callable[[Tensor, int], Tensor]
+GatePosition = Literal["heads", "value", "key", "query", "output"]
 
 
 def attention_logits(
@@ -192,6 +193,7 @@ class HeadOptions(TypedDict, total=False):
     """Options of `SelfAttention` that its variants pass on."""
 
     num_kv_heads: int | None
+    head_dim: int | None
     is_causal: bool
     bias: bool
     dropout: float
@@ -200,18 +202,21 @@ class HeadOptions(TypedDict, total=False):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention: ``W_O concat_h(gate_h(x) * normalise(Q_h K_h^T / sqrt(head_dim)) V_h)``.
+    """Multi-head self-attention: ``W_O concat_h(gate_h(normalise(Q_h K_h^T / sqrt(head_dim)) V_h, x))``.
 
     It follows the protocol of `postern.attention.Attention`.
 
     Args:
-        width: features of a token; a multiple of ``num_heads``.
+        width: features of a token; a multiple of ``num_heads`` unless ``head_dim`` is given.
         num_heads: number of heads.
         normalise: a function of the softmax family, ``(logits, dim) -> probabilities``; None for softmax on the fused
             kernel.
-        gate: a module ``(x) -> [batch, heads, time, 1 or head_dim]`` of factors for the heads' outputs.
+        gate: a module ``(y, x) -> y``, of what is gated, ``[batch, heads, time, head_dim]``, and the layer's input.
+        gate_position: what is gated: the "heads" after attention, or the "value", "key" or "query" just after their
+            projection; or the layer's "output", which is one head of ``width`` features.
         num_kv_heads: number of heads of keys and values, which ``num_heads / num_kv_heads`` query heads in a row share;
             by default every query head has its own.
+        head_dim: features of a head; by default ``width / num_heads``.
         is_causal: whether a token sees itself and earlier ones only.
         bias: whether the four projections have one.
         dropout: share of the attention weights that are zeroed in training.
@@ -222,7 +227,7 @@ class SelfAttention(nn.Module):
 
     Raises:
         ValueError: sizes below 1, a width that is no multiple of the heads, heads that are no multiple of those of keys
-            and values, an odd size of the heads where they are rotated, or dropout outside [0, 1).
+            and values, an odd size of the heads where they are rotated, an unknown position, or dropout outside [0, 1).
     """
 
     def __init__(
@@ -232,7 +237,9 @@ class SelfAttention(nn.Module):
         *,
         normalise: Normaliser | None = None,
         gate: nn.Module | None = None,
+        gate_position: GatePosition = "heads",
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         is_causal: bool = False,
         bias: bool = True,
         dropout: float = 0.0,
@@ -241,26 +248,28 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_heads(width, num_heads, num_kv_heads)
+        head_dim = check_heads(width, num_heads, num_kv_heads, head_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout lies in [0, 1), got {dropout}")
-        head_dim = width // num_heads
+        check_position(gate_position)
         if rotary_base is not None:
             rotary_angles(0, head_dim, base=rotary_base)  # checks both
         self.width = width
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
         self.is_causal = is_causal
         self.dropout = dropout
         self.normalise = normalise
         self.rotary_base = rotary_base
-        self.query = nn.Linear(width, width, bias=bias)
+        self.query = nn.Linear(width, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
-        self.output = nn.Linear(width, width, bias=bias)
+        self.output = nn.Linear(num_heads * head_dim, width, bias=bias)
         self.query_norm = nn.RMSNorm(head_dim) if has_qk_norm else None
         self.key_norm = nn.RMSNorm(head_dim) if has_qk_norm else None
         self.gate = gate
+        self.gate_position = gate_position
 
     def new_cache(self) -> KeyValueCache:
         """Return an empty cache."""
@@ -273,15 +282,15 @@ class SelfAttention(nn.Module):
         Float[Tensor, "batch kv_heads time head_dim"],
         Float[Tensor, "batch kv_heads time head_dim"],
     ]:
-        """Return queries, keys and values of the tokens by head, normalised and rotated where the layer does that.
+        """Return queries, keys and values of the tokens by head: gated, normalised and rotated where the layer does so.
 
         Args:
             x: tokens.
             start: position of the first.
         """
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.width // self.num_heads)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
+            self._gated(position, projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), x)
+            for position, projection in (("query", self.query), ("key", self.key), ("value", self.value))
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -327,26 +336,44 @@ class SelfAttention(nn.Module):
             normalise=self.normalise,
             dropout=self.dropout if self.training else 0.0,
         )
-        if self.gate is not None:
-            heads = heads * self.gate(x)
-        merged: Tensor = self.output(heads.transpose(1, 2).flatten(2))
-        return merged
+        merged = self.output(self._gated("heads", heads, x).transpose(1, 2).flatten(2))
+        return self._gated("output", merged.unsqueeze(1), x).squeeze(1)
+
+    def _gated(self, position: str, y: Tensor, x: Tensor) -> Tensor:
+        if self.gate is None or position != self.gate_position:
+            return y
+        gated: Tensor = self.gate(y, x)
+        return gated
 
     def extra_repr(self) -> str:
         """Return what the printed module says of its settings."""
         kv_heads = "" if self.num_kv_heads == self.num_heads else f", num_kv_heads={self.num_kv_heads}"
         rotary = "" if self.rotary_base is None else f", rotary_base={self.rotary_base:g}"
-        return f"width={self.width}, num_heads={self.num_heads}{kv_heads}, is_causal={self.is_causal}{rotary}"
+        position = "" if self.gate is None else f", gate_position={self.gate_position!r}"
+        return f"width={self.width}, num_heads={self.num_heads}{kv_heads}, is_causal={self.is_causal}{rotary}{position}"
 
 
-def check_heads(width: int, num_heads: int, num_kv_heads: int = 1) -> None:
-    """Check that tokens can be cut into heads, and that these can share keys and values.
+def check_heads(width: int, num_heads: int, num_kv_heads: int = 1, head_dim: int | None = None) -> int:
+    """Check that tokens can be cut into heads, and that these can share keys and values; return the size of a head.
 
     Raises:
-        ValueError: sizes below 1, a width that is no multiple of the heads, or heads that are no multiple of those of
-            keys and values.
+        ValueError: sizes below 1, a width that is no multiple of the heads where that makes their size, or heads that
+            are no multiple of those of keys and values.
     """
-    if num_heads < 1 or width < 1 or width % num_heads:
+    if num_heads < 1 or width < 1 or (head_dim is None and width % num_heads):
         raise ValueError(f"width must be a positive multiple of num_heads, got {width} and {num_heads}")
+    if head_dim is not None and head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_heads must be a positive multiple of num_kv_heads, got {num_heads} and {num_kv_heads}")
+    return width // num_heads if head_dim is None else head_dim
+
+
+def check_position(position: str) -> None:
+    """Check the place of a gate.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if position not in get_args(GatePosition):
+        raise ValueError(f"a gate's position is one of {', '.join(get_args(GatePosition))}; got {position!r}")

@@ -25,7 +25,7 @@ def tokens():
 
 def test_linear_equals_a_loop_over_heads():
     gate, x = PerHeadGate(WIDTH, HEADS).double(), tokens()
-    found = gate(x)
+    found = gate.scores(x)
     for head in range(HEADS):
         layer = nn.Linear(HEAD_DIM, 1).double()
         layer.load_state_dict({"weight": gate.weight[head : head + 1], "bias": gate.bias[head : head + 1]})
@@ -35,7 +35,7 @@ def test_linear_equals_a_loop_over_heads():
 
 def test_mlp_equals_a_loop_over_heads():
     gate, x = PerHeadGate(WIDTH, HEADS, "mlp", hidden_dim=3).double(), tokens()
-    found = gate(x)
+    found = gate.scores(x)
     for head in range(HEADS):
         network = nn.Sequential(nn.Linear(HEAD_DIM, 3), nn.ReLU(), nn.Linear(3, 1)).double()
         network[0].load_state_dict({"weight": gate.hidden_weight[head], "bias": gate.hidden_bias[head]})
@@ -49,7 +49,7 @@ def test_all_sees_the_whole_token():
     gate, x = PerHeadGate(WIDTH, HEADS, "all").double(), tokens()
     layer = nn.Linear(WIDTH, HEADS).double()
     layer.load_state_dict(gate.state_dict())
-    torch.testing.assert_close(gate(x), torch.sigmoid(layer(x)).transpose(1, 2).unsqueeze(-1))
+    torch.testing.assert_close(gate.scores(x), torch.sigmoid(layer(x)).transpose(1, 2).unsqueeze(-1))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_the_mlp_of_bert_has_16_hidden_units():
 @pytest.mark.parametrize("kind", ["linear", "all"])
 def test_starts_as_open_as_asked(kind):
     gate = PerHeadGate(WIDTH, HEADS, kind, initial_probability=0.25)
-    torch.testing.assert_close(gate(torch.zeros(1, 1, WIDTH)), torch.full((1, HEADS, 1, 1), 0.25))
+    torch.testing.assert_close(gate.scores(torch.zeros(1, 1, WIDTH)), torch.full((1, HEADS, 1, 1), 0.25))
     torch.testing.assert_close(gate.bias, torch.full((HEADS,), -math.log(3)))
 
 
@@ -87,18 +87,21 @@ def test_weights_start_as_in_linear_layers(kind):
 @pytest.mark.parametrize("kind", ["linear", "mlp", "all"])
 def test_leaves_a_trained_model_nearly_unchanged(kind):
     gate = PerHeadGate(WIDTH, HEADS, kind, weight_std=0.001, is_rescaled=True)
-    assert (gate(torch.randn(4, 9, WIDTH)) - 1).abs().max() < 0.05
+    assert (gate.scores(torch.randn(4, 9, WIDTH)) - 1).abs().max() < 0.05
 
 
 def test_gradients():
     for kind in ("linear", "mlp", "all"):
         gate = PerHeadGate(8, 2, kind).double()
-        assert torch.autograd.gradcheck(gate, torch.randn(1, 3, 8, dtype=torch.float64, requires_grad=True))
+        y, x = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 2, 3, 4), (1, 3, 8)))
+        assert torch.autograd.gradcheck(gate, (y, x))
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "all"])
 def test_survives(kind):
-    check_module(partial(PerHeadGate, WIDTH, HEADS, kind), torch.randn(2, 5, WIDTH))
+    check_module(
+        partial(PerHeadGate, WIDTH, HEADS, kind), torch.randn(2, HEADS, 5, HEAD_DIM), torch.randn(2, 5, WIDTH)
+    )
 
 
 @pytest.mark.parametrize(

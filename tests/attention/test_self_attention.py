@@ -73,7 +73,7 @@ def test_gates_multiply_the_heads():
     with torch.no_grad():
         layer.gate.bias[1] = -100
         heads = attend(*layer.project(x))
-        expected = heads * layer.gate(x)
+        expected = heads * layer.gate.scores(x)
     assert (expected[:, 1] == 0).all()
     torch.testing.assert_close(layer(x), layer.output(expected.transpose(1, 2).flatten(2)))
 
