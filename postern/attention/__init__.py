@@ -11,6 +11,7 @@ from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
 from postern.attention.protocol import Attention, Cache
 from postern.attention.rotary import rotary_angles, rotate
 from postern.attention.self_attention import KeyValueCache, SelfAttention, attend, attention_logits, attention_weights
+from postern.attention.sinks import LayerSinks, SinkProbe, first_token_share, first_value_ratio
 
 __all__ = [
     "Attention",
@@ -21,11 +22,13 @@ __all__ = [
     "GatedAttention",
     "HeadNonlinearity",
     "KeyValueCache",
+    "LayerSinks",
     "LinearAttention",
     "LinearState",
     "PerHeadGate",
     "PerHeadGatedAttention",
     "SelfAttention",
+    "SinkProbe",
     "add_attention_gates",
     "add_gates",
     "add_per_head_gates",
@@ -33,6 +36,8 @@ __all__ = [
     "attention_logits",
     "attention_weights",
     "elu_features",
+    "first_token_share",
+    "first_value_ratio",
     "fit_attention",
     "lightning_attention",
     "linear_attention",

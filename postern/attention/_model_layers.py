@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 _OUTPUT_PROJECTIONS = ("out_proj", "o_proj")
@@ -59,6 +60,11 @@ def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The input of an attention layer, from what it is called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
+
+
+def split_heads(y: Float[Tensor, "batch time features"], num_heads: int) -> Float[Tensor, "batch heads time head_dim"]:
+    """Cut the features of each token into heads."""
+    return y.reshape(*y.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def _as_layer(module: Any) -> ModelAttention | None:

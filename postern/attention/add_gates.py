@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from postern.attention._model_layers import ModelAttention, hidden_states, model_attention_layers
+from postern.attention._model_layers import ModelAttention, hidden_states, model_attention_layers, split_heads
 from postern.attention.gated import AttentionGate, GateActivation, GateGranularity
 from postern.attention.per_head_gate import GateKind, PerHeadGate
 from postern.attention.self_attention import GatePosition, check_position
@@ -60,7 +60,9 @@ def add_attention_gates(
         ValueError: see `add_gates` and `AttentionGate`.
     """
     config = getattr(model, "config", None)
-    std = getattr(config, "initializer_range", getattr(config, "init_std", 0.02)) if initial_std is None else initial_std
+    std = initial_std
+    if std is None:
+        std = getattr(config, "initializer_range", getattr(config, "init_std", 0.02))
 
     def make(width: int, num_heads: int, head_dim: int) -> AttentionGate:
         return AttentionGate(
@@ -229,6 +231,5 @@ class _GateHooks:
 
     def gated(self, y: Tensor, hidden: Tensor) -> Tensor:
         """Gate ``[batch, time, heads * head_dim]``."""
-        heads = y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        gated: Tensor = self.gate(heads, hidden).transpose(1, 2).flatten(-2)
+        gated: Tensor = self.gate(split_heads(y, self.num_heads), hidden).transpose(1, 2).flatten(-2)
         return gated

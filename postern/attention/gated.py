@@ -261,7 +261,7 @@ class GatedAttention(SelfAttention):
                 is_shared=is_shared,
                 is_additive=is_additive,
                 is_input_dependent=is_input_dependent,
-                bias=options.get("bias", False) and is_input_dependent,
+                bias=options.get("bias", True) and is_input_dependent,
             ),
             gate_position=gate_position,
             **options,
@@ -269,8 +269,8 @@ class GatedAttention(SelfAttention):
 
 
 def split_query_and_gate(
-    weight: Float[Tensor, "rows *width"], num_heads: int, head_dim: int, num_groups: int
-) -> tuple[Float[Tensor, "query_rows *width"], Float[Tensor, "gate_rows *width"]]:
+    weight: Float[Tensor, "rows ..."], num_heads: int, head_dim: int, num_groups: int
+) -> tuple[Float[Tensor, "query_rows ..."], Float[Tensor, "gate_rows ..."]]:
     """Take apart a query projection that holds a gate's weights as well, as published checkpoints have it.
 
     The rows come in groups: first the queries of the group's heads, then their gates. In Qwen3-Next a group is one
@@ -297,6 +297,6 @@ def split_query_and_gate(
             f"a query projection with elementwise gates has {2 * queries} rows, with headwise ones "
             f"{queries + num_heads}; got {rows}"
         )
-    grouped = weight.unflatten(0, (num_groups, -1))
-    query, gate = grouped.split([queries // num_groups, (rows - queries) // num_groups], dim=1)
+    grouped = weight.reshape(num_groups, -1, *weight.shape[1:])
+    query, gate = grouped.tensor_split([queries // num_groups], dim=1)
     return query.flatten(0, 1), gate.flatten(0, 1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from postern.attention import ClippedSoftmaxAttention, PerHeadGatedAttention, SelfAttention, attention_logits
 from postern.claims import AllOf, Difference, Metrics, Paper, Ratio, Run
-from postern.data import Text, load
-from postern.errors import MissingExtra
 from postern.nets import (
     LanguageModel,
     consecutive_windows,
@@ -23,6 +21,7 @@ from postern.nets import (
     random_windows,
     train_language_model,
 )
+from postern.papers._corpora import Corpus, read_corpus
 from postern.quantize import OutlierStatistics, simulate_quantization
 from postern.softmax import softmax_off_by_one
 
@@ -440,13 +439,6 @@ _SMALL_MODELS = (
 
 
 @dataclass(frozen=True)
-class _Corpus:
-    train: Tensor
-    validation: Tensor
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class _Judged:
     """Validation loss in nats, outliers, and what rounding activations to so many bits adds to the loss."""
 
@@ -457,44 +449,7 @@ class _Judged:
     per_layer: Mapping[str, Mapping[str, float]]
 
 
-def _corpus(config: CausalText) -> _Corpus:
-    train, validation = (
-        cast(Text, load(config.corpus, split, config.characters)).text for split in ("train", "validation")
-    )
-    if config.vocabulary:
-        return _byte_pairs(train, validation, config.vocabulary)
-    alphabet = {character: index for index, character in enumerate(sorted(set(train) | set(validation)))}
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor([alphabet[character] for character in text])
-
-    return _Corpus(encode(train), encode(validation), len(alphabet))
-
-
-def _byte_pairs(train: str, validation: str, vocabulary: int) -> _Corpus:
-    try:
-        from tokenizers import ByteLevelBPETokenizer
-    except ImportError:
-        raise MissingExtra("transformers", "Learning byte-pair tokens") from None
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(_pieces(train), vocabulary, show_progress=False)
-
-    def encode(text: str) -> Tensor:
-        return torch.cat([torch.tensor(tokenizer.encode(piece).ids, dtype=torch.long) for piece in _pieces(text)])
-
-    return _Corpus(encode(train), encode(validation), tokenizer.get_vocab_size())
-
-
-def _pieces(text: str, size: int = 100_000) -> Iterator[str]:
-    """Cut a text after the lines that end beyond each ``size`` characters."""
-    start = 0
-    while start < len(text):
-        stop = text.find("\n", start + size) + 1 or len(text)
-        yield text[start:stop]
-        start = stop
-
-
-def _judge(config: CausalText, corpus: _Corpus, arm: Arm, run: Run) -> _Judged:
+def _judge(config: CausalText, corpus: Corpus, arm: Arm, run: Run) -> _Judged:
     """Train a model with one kind of attention; measure its loss, its outliers, and what quantisation adds."""
     torch.manual_seed(run.seed)
     model = LanguageModel(
@@ -604,7 +559,7 @@ def _report(run: Run, config: CausalText, judged: Mapping[Arm, _Judged]) -> dict
 )
 def gates_remove_outliers(config: CausalText, run: Run) -> Metrics:
     """Train with softmax and with gates; compare outliers and the cost of quantisation."""
-    corpus = _corpus(config)
+    corpus = read_corpus(config.corpus, config.characters, config.vocabulary)
     arms: tuple[Arm, ...] = ("softmax", "gated")
     return _report(run, config, {arm: _judge(config, corpus, arm, run) for arm in arms})
 
@@ -622,6 +577,6 @@ def gates_remove_outliers(config: CausalText, run: Run) -> Metrics:
 )
 def clipping_does_not_help_causal_models(config: CausalText, run: Run) -> Metrics:
     """Train with softmax and with clipped softmax; compare the losses of the rounded models."""
-    corpus = _corpus(config)
+    corpus = read_corpus(config.corpus, config.characters, config.vocabulary)
     arms: tuple[Arm, ...] = ("softmax", "clipped")
     return _report(run, config, {arm: _judge(config, corpus, arm, run) for arm in arms})

@@ -7,7 +7,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from postern.attention import ClippedSoftmaxAttention, LinearAttention, PerHeadGatedAttention, SelfAttention
+from postern.attention import (
+    ClippedSoftmaxAttention,
+    GatedAttention,
+    HeadNonlinearity,
+    LinearAttention,
+    PerHeadGatedAttention,
+    SelfAttention,
+)
 from postern.softmax import softmax_off_by_one
 
 WIDTH, HEADS, TIME = 24, 3, 7
@@ -49,6 +56,26 @@ LAYERS = {
     "per-head-gate": Layer(partial(PerHeadGatedAttention, WIDTH, HEADS)),
     "per-head-gate-mlp": Layer(
         partial(PerHeadGatedAttention, WIDTH, HEADS, kind="mlp", rotary_base=100.0), knows_positions=True
+    ),
+    "gated": Layer(partial(GatedAttention, WIDTH, 6, num_kv_heads=2)),
+    "gated-by-head": Layer(
+        partial(GatedAttention, WIDTH, 6, num_kv_heads=2, granularity="head", rotary_base=100.0, has_qk_norm=True),
+        knows_positions=True,
+    ),
+    "gated-values": Layer(partial(GatedAttention, WIDTH, 6, num_kv_heads=2, gate_position="value")),
+    "gated-keys": Layer(
+        partial(GatedAttention, WIDTH, 6, num_kv_heads=2, gate_position="key", rotary_base=100.0), knows_positions=True
+    ),
+    "gated-queries": Layer(
+        partial(GatedAttention, WIDTH, 6, num_kv_heads=2, gate_position="query", rotary_base=100.0, has_qk_norm=True),
+        knows_positions=True,
+    ),
+    "gated-output": Layer(partial(GatedAttention, WIDTH, 6, num_kv_heads=2, gate_position="output")),
+    "gated-by-addition": Layer(partial(GatedAttention, WIDTH, 6, num_kv_heads=2, is_additive=True, bias=False)),
+    "gated-alike": Layer(partial(GatedAttention, WIDTH, 6, num_kv_heads=2, is_shared=True, head_dim=8)),
+    "gated-without-input": Layer(partial(GatedAttention, WIDTH, HEADS, is_input_dependent=False)),
+    "normalised-heads": Layer(
+        lambda **options: SelfAttention(WIDTH, HEADS, gate=HeadNonlinearity(WIDTH // HEADS), **options)
     ),
     "linear": Layer(partial(LinearAttention, WIDTH, HEADS), has_any_mask=False),
     "linear-rotary": Layer(

@@ -99,9 +99,7 @@ def test_gradients():
 
 @pytest.mark.parametrize("kind", ["linear", "mlp", "all"])
 def test_survives(kind):
-    check_module(
-        partial(PerHeadGate, WIDTH, HEADS, kind), torch.randn(2, HEADS, 5, HEAD_DIM), torch.randn(2, 5, WIDTH)
-    )
+    check_module(partial(PerHeadGate, WIDTH, HEADS, kind), torch.randn(2, HEADS, 5, HEAD_DIM), torch.randn(2, 5, WIDTH))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 import postern.papers.quantizable_transformers as paper
 from postern.claims import Run
+from postern.papers._corpora import read_corpus
 
 
 def drawn(*, blank):
@@ -51,7 +52,7 @@ def test_the_full_recipe_runs_in_small():
         warm_up_steps=1,
         windows=8,
     )
-    corpus = paper._corpus(config)
+    corpus = read_corpus(config.corpus, config.characters, config.vocabulary)
     assert corpus.num_tokens == 300
     assert len(corpus.train) < 0.8 * 60_000
     assert int(corpus.train.max()) < 300
@@ -59,11 +60,3 @@ def test_the_full_recipe_runs_in_small():
         judged = paper._judge(config, corpus, arm, Run(seed=0, scale="full"))
         assert judged.loss == pytest.approx(math.log(300), rel=0.1)
         assert len(judged.per_layer) == 2
-
-
-def test_pieces_are_the_text_cut_after_lines():
-    text = "".join(f"line {index}\n" for index in range(500)) + "the end"
-    pieces = list(paper._pieces(text, 100))
-    assert "".join(pieces) == text
-    assert len(pieces) > 30
-    assert all(piece.endswith("\n") and len(piece) <= 110 for piece in pieces[:-1])
