@@ -104,8 +104,8 @@ class SinkProbe:
 
     It sees the attention of postern's `SelfAttention` and its variants, and that of Transformers models, with gates
     that were fitted by `postern.attention.add_gates`. Sequences start at their first token: without padding on the
-    left, and without a cache that holds any. The weights, ``[batch, heads, time, time]``, are made for it a second time in postern's
-    layers; Transformers models compute them explicitly while they are watched.
+    left, and without a cache that holds any. The weights, ``[batch, heads, time, time]``, are made for it a second time
+    in postern's layers; Transformers models compute them explicitly while they are watched.
 
     Args:
         model: e.g. a `postern.nets.LanguageModel` or ``LlamaForCausalLM(config)``.

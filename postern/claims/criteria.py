@@ -44,7 +44,7 @@ class Judgement:
         estimate: the mean over the seeds (geometric for ratios).
         interval: its 95 % interval (low, high); infinite where one seed leaves it unknown.
         criterion: the criterion in words, e.g. ``map_soft - map_hard >= 0.005``.
-        parts: the parts' judgements, for `AllOf`.
+        parts: the parts' judgements, for `AllOf` and `Given`.
     """
 
     verdict: Verdict
@@ -434,3 +434,37 @@ class AllOf:
         severity = {Verdict.REFUTED: 0, Verdict.INCONCLUSIVE: 1, Verdict.HOLDS: 2}
         decisive = min(judged, key=lambda part: severity[part.verdict])
         return Judgement(decisive.verdict, decisive.estimate, decisive.interval, self.describe(), judged)
+
+
+class Given(AllOf):
+    """Parts that must hold where a condition does; where it does not, there is nothing to judge.
+
+    For claims about the cure of something that must be there first. It is inconclusive unless the condition holds, and
+    then shows the condition's numbers; else it is `AllOf` its parts.
+
+    Args:
+        condition: what must hold for the parts to count.
+        parts: one or more criteria.
+
+    Raises:
+        ValueError: no parts.
+    """
+
+    def __init__(self, condition: Criterion, *parts: Criterion) -> None:
+        if not parts:
+            raise ValueError(f"given that {condition.describe()}, at least one criterion must hold; got none")
+        super().__init__(condition, *parts)
+
+    def describe(self) -> str:
+        """Return the criterion in words."""
+        condition, *parts = self.parts
+        return f"given that {condition.describe()}: {' and '.join(part.describe() for part in parts)}"
+
+    def judge(self, seeds: Sequence[Metrics]) -> Judgement:
+        """Judge the condition, then the parts."""
+        condition = self.parts[0].judge(seeds)
+        rest = AllOf(*self.parts[1:]).judge(seeds)
+        decisive, verdict = rest, rest.verdict
+        if condition.verdict is not Verdict.HOLDS:
+            decisive, verdict = condition, Verdict.INCONCLUSIVE
+        return Judgement(verdict, decisive.estimate, decisive.interval, self.describe(), (condition, *rest.parts))

@@ -2,6 +2,7 @@
 
 from postern.data._catalogue import DataSet, catalogue
 from postern.data.algorithmic import AlgorithmicSplit, modular_arithmetic, sparse_parity
+from postern.data.backcopy import BigramBackcopy
 from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
 from postern.data.kinds import Images, Table, Text
@@ -17,6 +18,7 @@ from postern.data.words import Vocabulary
 
 __all__ = [
     "AlgorithmicSplit",
+    "BigramBackcopy",
     "DataSet",
     "DataUnavailable",
     "Detections",

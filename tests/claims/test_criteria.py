@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from postern.claims import AllOf, AtLeast, AtMost, Criterion, Difference, Metrics, Ratio, Slope, Verdict, Within
+from postern.claims import AllOf, AtLeast, AtMost, Criterion, Difference, Given, Metrics, Ratio, Slope, Verdict, Within
 from postern.claims.criteria import mean_interval
 
 HOLDS, REFUTED, INCONCLUSIVE = Verdict.HOLDS, Verdict.REFUTED, Verdict.INCONCLUSIVE
@@ -266,6 +266,33 @@ class TestSlope:
     def test_on_a_logarithmic_axis_refuses_what_is_not_positive(self) -> None:
         with pytest.raises(ValueError, match="positive metrics, got 0"):
             Slope({1: "a", 2: "b"}, at_least=0.0).judge([{"a": 0.0, "b": 1.0}])
+
+
+class TestGiven:
+    rows = seeds(x=[1.0, 2.0, 3.0], y=[10.0, 10.0, 10.0])
+    conditions = {HOLDS: AtLeast("x", -9.0), INCONCLUSIVE: AtLeast("x", 2.0), REFUTED: AtLeast("x", 9.0)}
+
+    @pytest.mark.parametrize("condition", [INCONCLUSIVE, REFUTED])
+    @pytest.mark.parametrize("bound", [5.0, 50.0])
+    def test_is_inconclusive_unless_the_condition_holds(self, condition: Verdict, bound: float) -> None:
+        judgement = Given(self.conditions[condition], AtLeast("y", bound)).judge(self.rows)
+        assert judgement.verdict is INCONCLUSIVE
+        assert judgement.estimate == 2.0
+        assert [part.verdict for part in judgement.parts] == [condition, HOLDS if bound < 10 else REFUTED]
+
+    @pytest.mark.parametrize("bounds", [(5.0, 7.0), (5.0, 50.0), (50.0, 5.0)])
+    def test_is_all_of_its_parts_where_it_does(self, bounds: tuple[float, float]) -> None:
+        parts = [AtLeast("y", bound) for bound in bounds]
+        judgement = Given(self.conditions[HOLDS], *parts).judge(self.rows)
+        expected = AllOf(*parts).judge(self.rows)
+        assert (judgement.verdict, judgement.estimate) == (expected.verdict, expected.estimate)
+        assert judgement.parts[1:] == expected.parts
+        assert judgement.criterion == f"given that x >= -9: y >= {bounds[0]:g} and y >= {bounds[1]:g}"
+
+    def test_reads_the_metrics_of_both_and_needs_parts(self) -> None:
+        assert Given(AtLeast("x", 0.0), AtLeast("y", 0.0)).metrics() == {"x", "y"}
+        with pytest.raises(ValueError, match="given that x >= 0, at least one criterion must hold; got none"):
+            Given(AtLeast("x", 0.0))
 
 
 class TestAllOf:
