@@ -12,6 +12,7 @@ from postern.nets.language_model import (
     language_model_loss,
     next_token_loss,
     random_windows,
+    rate_at,
     train_language_model,
 )
 from postern.nets.mlp import MLP
@@ -38,6 +39,7 @@ __all__ = [
     "language_model_loss",
     "next_token_loss",
     "random_windows",
+    "rate_at",
     "resnet18",
     "resnet34",
     "train_language_model",

@@ -268,14 +268,15 @@ class TestSlope:
             Slope({1: "a", 2: "b"}, at_least=0.0).judge([{"a": 0.0, "b": 1.0}])
 
 
-class TestGiven:
-    rows = seeds(x=[1.0, 2.0, 3.0], y=[10.0, 10.0, 10.0])
-    conditions = {HOLDS: AtLeast("x", -9.0), INCONCLUSIVE: AtLeast("x", 2.0), REFUTED: AtLeast("x", 9.0)}
+ROWS = seeds(x=[1.0, 2.0, 3.0], y=[10.0, 10.0, 10.0])
+CONDITIONS = {HOLDS: AtLeast("x", -9.0), INCONCLUSIVE: AtLeast("x", 2.0), REFUTED: AtLeast("x", 9.0)}
 
+
+class TestGiven:
     @pytest.mark.parametrize("condition", [INCONCLUSIVE, REFUTED])
     @pytest.mark.parametrize("bound", [5.0, 50.0])
     def test_is_inconclusive_unless_the_condition_holds(self, condition: Verdict, bound: float) -> None:
-        judgement = Given(self.conditions[condition], AtLeast("y", bound)).judge(self.rows)
+        judgement = Given(CONDITIONS[condition], AtLeast("y", bound)).judge(ROWS)
         assert judgement.verdict is INCONCLUSIVE
         assert judgement.estimate == 2.0
         assert [part.verdict for part in judgement.parts] == [condition, HOLDS if bound < 10 else REFUTED]
@@ -283,8 +284,8 @@ class TestGiven:
     @pytest.mark.parametrize("bounds", [(5.0, 7.0), (5.0, 50.0), (50.0, 5.0)])
     def test_is_all_of_its_parts_where_it_does(self, bounds: tuple[float, float]) -> None:
         parts = [AtLeast("y", bound) for bound in bounds]
-        judgement = Given(self.conditions[HOLDS], *parts).judge(self.rows)
-        expected = AllOf(*parts).judge(self.rows)
+        judgement = Given(CONDITIONS[HOLDS], *parts).judge(ROWS)
+        expected = AllOf(*parts).judge(ROWS)
         assert (judgement.verdict, judgement.estimate) == (expected.verdict, expected.estimate)
         assert judgement.parts[1:] == expected.parts
         assert judgement.criterion == f"given that x >= -9: y >= {bounds[0]:g} and y >= {bounds[1]:g}"
