@@ -657,7 +657,7 @@ class UniformAttention:
     width: int = 32
     head_dim: int = 8
     noise: float = 0.5
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
 
 
 @PAPER.claim(
