@@ -485,7 +485,7 @@ class Sinks:
         Ratio("first_token_attention_gated", "first_token_attention_softmax", at_most=0.5),
         Ratio("max_activation_gated", "max_activation_softmax", at_most=1.0),
     ),
-    scales={"smoke": Sinks(_SMOKE, 1e-2), "small": Sinks(_small(1500), 1e-2), "full": Sinks(_FULL, 2e-3)},
+    scales={"smoke": Sinks(_SMOKE, 1e-2), "small": Sinks(_small(800), 3e-2), "full": Sinks(_FULL, 2e-3)},
     seeds=3,
     note=(
         f"{_SMALL_MODELS} Attention to the first token is a mean over layers, heads and queries from the eighth on; "
