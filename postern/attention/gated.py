@@ -155,7 +155,7 @@ class AttentionGate(nn.Module):
         """
         check_input(x, self.width)
         if self.projection is not None:
-            logits = self.projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            logits = self.projection(x).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
         else:
             assert self.logits is not None
             logits = self.logits[None]

@@ -289,7 +289,7 @@ class SelfAttention(nn.Module):
             start: position of the first.
         """
         query, key, value = (
-            self._gated(position, projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), x)
+            self._gated(position, projection(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2), x)
             for position, projection in (("query", self.query), ("key", self.key), ("value", self.value))
         )
         if self.query_norm is not None and self.key_norm is not None:

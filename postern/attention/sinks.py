@@ -121,6 +121,9 @@ class SinkProbe:
         foreign = model_attention_layers(model)
         if not own and not foreign:
             raise ValueError(f"{type(model).__name__} has no attention layers that can be watched")
+        for name, layer in foreign.items():
+            if layer.value is None:
+                raise ValueError(f"the attention layer {name!r} has no projection to its values that could be watched")
         self.first_query = first_query
         self.bounds = bounds
         self._model = model
@@ -251,8 +254,7 @@ class SinkProbe:
             self._watch_gate(layer.gate, layer.gate_position, watched)
 
     def _watch_foreign(self, name: str, layer: ModelAttention, watched: _Watched) -> None:
-        if layer.value is None:
-            raise ValueError(f"the attention layer {name!r} has no projection to its values that could be watched")
+        assert layer.value is not None
         see_heads = self._see_heads(watched)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -185,6 +185,10 @@ def test_rejects_what_it_cannot_see():
     with SinkProbe(model, first_query=0), pytest.raises(ValueError, match="without a cache"):
         model(tokens()[:, :2], cache=cache)
     foreign = llama()
+    foreign.model.layers[1].self_attn.v_proj = nn.Identity()
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn' has no projection to its values"):
+        SinkProbe(foreign)
+    foreign = llama()
     cache = transformers.DynamicCache()
     foreign(text()["input_ids"], cache=cache, use_cache=True)
     with SinkProbe(foreign, first_query=0), pytest.raises(ValueError, match="no weights over the 2 tokens"):
