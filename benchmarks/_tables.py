@@ -18,6 +18,7 @@ import torch
 
 import postern
 from postern import _native
+from postern.machine import processor
 
 FOLDER = Path(__file__).parent
 Row = dict[str, str | float]
@@ -82,18 +83,6 @@ def commit() -> str:
 
     changes = git("status", "--porcelain", "--", "..", ":!results", ":!README.md", ":!../results", ":!../RESULTS.md")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" if changes else "")
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    known = dict(line.partition(":")[::2] for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in known.items()}
-    name = fields.get("model name", platform.machine())
-    family, model = fields.get("cpu family"), fields.get("model")
-    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def record(name: str, title: str, tables: Mapping[str, Sequence[Row]]) -> None:

@@ -270,14 +270,6 @@ const SoftmaxKernels& kernels_for(Format format) {
     return softmax_portable[index];
 }
 
-std::size_t size_of(Format format) {
-    switch (format) {
-        case Format::float64: return 8;
-        case Format::float32: return 4;
-        default: return 2;
-    }
-}
-
 // Few long rows are shared out stretch by stretch, one row after the other; else each thread takes whole rows.
 // body(row, threads that the row may use).
 template <class Body>

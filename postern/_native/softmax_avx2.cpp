@@ -22,6 +22,7 @@
 namespace postern {
 namespace {
 #include "simd_avx2.h"
+#include "simd_common.h"
 #include "softmax_kernels.h"
 }  // namespace
 

@@ -28,6 +28,7 @@
 namespace postern {
 namespace {
 #include "simd_avx512.h"
+#include "simd_common.h"
 #include "softmax_kernels.h"
 }  // namespace
 

@@ -10,6 +10,7 @@
 namespace postern {
 namespace {
 #include "simd_portable.h"
+#include "simd_common.h"
 #include "softmax_kernels.h"
 }  // namespace
 

@@ -312,6 +312,24 @@ class SelfAttention(nn.Module):
         normalise = torch.softmax if self.normalise is None else self.normalise
         return attention_weights(query, key, mask, is_causal=self.is_causal, normalise=normalise)
 
+    def attend(
+        self,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch kv_heads keys head_dim"],
+        value: Float[Tensor, "batch kv_heads keys head_dim"],
+        mask: Bool[Tensor, "*mask"] | None,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """Return the heads' outputs, before the gate; what variants replace."""
+        return attend(
+            query,
+            key,
+            value,
+            mask,
+            is_causal=self.is_causal,
+            normalise=self.normalise,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
     def forward(
         self,
         x: Float[Tensor, "batch time width"],
@@ -327,15 +345,7 @@ class SelfAttention(nn.Module):
         query, key, value = self.project(x, 0 if cache is None else len(cache))
         if cache is not None:
             key, value = cache.append(key, value)
-        heads = attend(
-            query,
-            key,
-            value,
-            mask,
-            is_causal=self.is_causal,
-            normalise=self.normalise,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        heads = self.attend(query, key, value, mask)
         merged = self.output(self._gated("heads", heads, x).transpose(1, 2).flatten(2))
         return self._gated("output", merged.unsqueeze(1), x).squeeze(1)
 

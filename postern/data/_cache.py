@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 import time
 import zlib
@@ -15,19 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from postern.machine import cache_folder
+
 _FORMAT = "1"  # changes when the same file decodes to something else
 _ABANDONED_AFTER_S = 3600.0  # a writer that takes longer was killed
-
-
-def cache_folder() -> Path:
-    """``$POSTERN_CACHE``, or the system's folder for caches."""
-    if chosen := os.environ.get("POSTERN_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "postern" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "postern"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "postern"
 
 
 def cached_path(name: str, split: str, paths: Sequence[Path]) -> Path:

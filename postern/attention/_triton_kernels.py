@@ -1,0 +1,199 @@
+"""Decoding in Triton, for GPUs: split-KV attention with a unified maximum, and flat matrix products.
+
+Triton is imported when a kernel is first needed, or asked for. With ``TRITON_INTERPRET=1``, set before that, Triton's
+interpreter runs the kernels on the CPU, slowly; tests do that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from postern.attention.unified_softmax import SAFE_EXPONENT
+from postern.errors import Unavailable
+
+# Asked once, at import: torch.compile cannot look through the search for a package.
+IS_AVAILABLE = importlib.util.find_spec("triton") is not None
+_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(x: Tensor) -> None:
+    """Check that the kernels can run on such a tensor.
+
+    Raises:
+        Unavailable: Triton is not installed, or the tensor is on the CPU and the interpreter is off.
+        ValueError: a dtype that the kernels do not take.
+    """
+    if not IS_AVAILABLE:
+        raise Unavailable("Triton is not installed: pip install triton, or leave the choice to backend='auto'")
+    if x.dtype not in _FORMATS:
+        raise ValueError(f"the Triton kernels take float32, bfloat16 and float16, got {x.dtype}")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unavailable(f"Triton runs on a GPU, got tensors on {x.device}; TRITON_INTERPRET=1 runs it slowly anywhere")
+
+
+def attend(
+    query: Float[Tensor, "batch heads head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    mask: Bool[Tensor, "batch heads keys"] | None,
+    num_splits: int,
+    *,
+    phi: float | None,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> tuple[Float[Tensor, "batch heads value_dim"], Bool[Tensor, "batch heads"]]:
+    """Attend in chunks; return the output in float32, and which rows were computed again.
+
+    Three kernels follow each other and the host waits for none: one over chunks, one that sums them, and one that
+    computes again the rows whose flag is up and leaves the others at once.
+
+    Args:
+        query: scaled, in float32.
+        key: keys.
+        value: values.
+        mask: true where a key may be attended to.
+        num_splits: number of chunks.
+        phi: the unified maximum; None for the synchronised form.
+        low: exclusive bound of ``logit - phi``; infinite bounds are not looked at.
+        high: likewise.
+    """
+    import triton
+
+    kernels = _kernels()
+    batch, heads, head_dim = query.shape
+    kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    query = query.contiguous()
+    numerators = query.new_empty(batch, heads, num_splits, value_dim)
+    denominators = query.new_empty(batch, heads, num_splits)
+    origins = query.new_empty(batch, heads, num_splits)
+    flags = torch.empty(batch, heads, num_splits, dtype=torch.int32, device=query.device)
+    out = query.new_empty(batch, heads, value_dim)
+    recomputed = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
+    mask_bytes = None if mask is None else mask.view(torch.uint8)
+    mask_strides = (0, 0, 0) if mask is None else mask.stride()
+    groups = heads // kv_heads
+    sizes: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
+        "VALUE_BLOCK": max(16, triton.next_power_of_2(value_dim)),
+        "HAS_MASK": mask is not None,
+    }
+    strides = (*key.stride(), *value.stride(), *mask_strides)
+    is_checked = math.isfinite(low) or math.isfinite(high)
+    limits = (0.0 if phi is None else phi, max(low, -3e38), min(high, 3e38))
+    kernels["chunk"][batch * kv_heads, num_splits](
+        query,
+        key,
+        value,
+        query if mask_bytes is None else mask_bytes,
+        numerators,
+        denominators,
+        origins,
+        flags,
+        keys,
+        kv_heads,
+        num_splits,
+        *strides,
+        *limits,
+        GROUPS=groups,
+        # A tensor core takes 16 rows; a single row is multiplied and summed by the ordinary ones.
+        GROUP_BLOCK=1 if groups == 1 else max(16, triton.next_power_of_2(groups)),
+        BLOCK=64,
+        IS_UNIFIED=phi is not None,
+        IS_CHECKED=is_checked,
+        **sizes,
+    )
+    kernels["combine"][batch * heads,](
+        numerators,
+        denominators,
+        origins,
+        flags,
+        out,
+        recomputed,
+        num_splits,
+        math.exp(-SAFE_EXPONENT),
+        math.exp(SAFE_EXPONENT),
+        IS_UNIFIED=phi is not None,
+        VALUE_DIM=value_dim,
+        VALUE_BLOCK=sizes["VALUE_BLOCK"],
+    )
+    if phi is not None:
+        kernels["repair"][batch * heads,](
+            query,
+            key,
+            value,
+            query if mask_bytes is None else mask_bytes,
+            out,
+            recomputed,
+            keys,
+            heads,
+            groups,
+            *strides,
+            BLOCK=64,
+            **sizes,
+        )
+    return out, recomputed.bool()
+
+
+def multiply(
+    x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, " outputs"] | None
+) -> Float[Tensor, "rows outputs"]:
+    """``x W^T + bias``, for few rows, which are filled up to 8 and not to the 64 of a square tile.
+
+    The weights are the operand that a tensor core takes 16 rows of, and x the one that it takes 8 columns of. A program
+    has some outputs and goes over the inputs in order, so that nothing is added by two. Where there are outputs for
+    two programs a processor, the next tile of the weights is loaded while one is multiplied.
+
+    Args:
+        x: inputs.
+        weight: as of `torch.nn.Linear`.
+        bias: added.
+    """
+    import triton
+
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    out = x.new_empty(rows, outputs)
+    processors = 108
+    if x.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    block = next((size for size in (128, 64, 32) if outputs >= size * processors), 16)
+    _kernels()["flat"][triton.cdiv(outputs, block), triton.cdiv(rows, 64)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        rows,
+        outputs,
+        inputs,
+        *x.stride(),
+        *weight.stride(),
+        HAS_BIAS=bias is not None,
+        ROW_BLOCK=min(64, max(8, triton.next_power_of_2(rows))),
+        OUTPUT_BLOCK=block,
+        INPUT_BLOCK=64 if x.dtype == torch.float32 else 128,
+        num_stages=3 if outputs >= 2 * block * processors else 2,
+    )
+    return out
+
+
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    """The kernels, compiled by Triton when they are first launched."""
+    from postern.attention import _triton_programs
+
+    return {
+        "chunk": _triton_programs.chunk,
+        "combine": _triton_programs.combine,
+        "repair": _triton_programs.repair,
+        "flat": _triton_programs.flat,
+    }
