@@ -1,4 +1,4 @@
-"""What a program needs to know of the machine and its user: the processor's name, and where to keep what can be redone."""
+"""What a program needs to know of the machine and its user: the processor's name, a place for caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled kernels of decoding, for the CPU; see ``postern/_native/decode_attention.cpp`` and ``flat_linear.cpp``."""
+"""The compiled kernels of decoding, for the CPU; see ``decode_attention.cpp`` and ``flat_linear.cpp``."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def require(x: Tensor) -> None:
     if x.dtype not in _FORMATS:
         raise ValueError(f"the Triton kernels take float32, bfloat16 and float16, got {x.dtype}")
     if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unavailable(f"Triton runs on a GPU, got tensors on {x.device}; TRITON_INTERPRET=1 runs it slowly anywhere")
+        raise Unavailable(f"Triton runs on a GPU, got tensors on {x.device}; TRITON_INTERPRET=1 runs it anywhere")
 
 
 def attend(
@@ -46,6 +46,7 @@ def attend(
     mask: Bool[Tensor, "batch heads keys"] | None,
     num_splits: int,
     *,
+    scale: float,
     phi: float | None,
     low: float = -math.inf,
     high: float = math.inf,
@@ -56,17 +57,16 @@ def attend(
     computes again the rows whose flag is up and leaves the others at once.
 
     Args:
-        query: scaled, in float32.
+        query: in float32, not scaled: what was 16 bits long is exact in a tensor core's TF32.
         key: keys.
         value: values.
         mask: true where a key may be attended to.
         num_splits: number of chunks.
+        scale: of the logits.
         phi: the unified maximum; None for the synchronised form.
         low: exclusive bound of ``logit - phi``; infinite bounds are not looked at.
         high: likewise.
     """
-    import triton
-
     kernels = _kernels()
     batch, heads, head_dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -83,11 +83,11 @@ def attend(
     sizes: dict[str, Any] = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "HEAD_BLOCK": max(16, triton.next_power_of_2(head_dim)),
-        "VALUE_BLOCK": max(16, triton.next_power_of_2(value_dim)),
+        "HEAD_BLOCK": max(16, _power_of_two(head_dim)),
+        "VALUE_BLOCK": max(16, _power_of_two(value_dim)),
         "HAS_MASK": mask is not None,
     }
-    strides = (*key.stride(), *value.stride(), *mask_strides)
+    arguments = (*key.stride(), *value.stride(), *mask_strides, scale)
     is_checked = math.isfinite(low) or math.isfinite(high)
     limits = (0.0 if phi is None else phi, max(low, -3e38), min(high, 3e38))
     kernels["chunk"][batch * kv_heads, num_splits](
@@ -102,12 +102,14 @@ def attend(
         keys,
         kv_heads,
         num_splits,
-        *strides,
+        *arguments,
         *limits,
         GROUPS=groups,
         # A tensor core takes 16 rows; a single row is multiplied and summed by the ordinary ones.
-        GROUP_BLOCK=1 if groups == 1 else max(16, triton.next_power_of_2(groups)),
-        BLOCK=64,
+        GROUP_BLOCK=1 if groups == 1 else max(16, _power_of_two(groups)),
+        BLOCK=32 if groups > 1 and key.dtype == torch.float32 else 64,
+        # Weights stay in 32 bits: those of the unified form may exceed what float16 holds.
+        PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         IS_UNIFIED=phi is not None,
         IS_CHECKED=is_checked,
         **sizes,
@@ -137,7 +139,7 @@ def attend(
             keys,
             heads,
             groups,
-            *strides,
+            *arguments,
             BLOCK=64,
             **sizes,
         )
@@ -158,8 +160,6 @@ def multiply(
         weight: as of `torch.nn.Linear`.
         bias: added.
     """
-    import triton
-
     rows, inputs = x.shape
     outputs = weight.shape[0]
     out = x.new_empty(rows, outputs)
@@ -167,7 +167,7 @@ def multiply(
     if x.device.type == "cuda":
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     block = next((size for size in (128, 64, 32) if outputs >= size * processors), 16)
-    _kernels()["flat"][triton.cdiv(outputs, block), triton.cdiv(rows, 64)](
+    _kernels()["flat"][-(-outputs // block), -(-rows // 64)](
         x,
         weight,
         x if bias is None else bias,
@@ -178,12 +178,17 @@ def multiply(
         *x.stride(),
         *weight.stride(),
         HAS_BIAS=bias is not None,
-        ROW_BLOCK=min(64, max(8, triton.next_power_of_2(rows))),
+        ROW_BLOCK=min(64, max(8, _power_of_two(rows))),
         OUTPUT_BLOCK=block,
         INPUT_BLOCK=64 if x.dtype == torch.float32 else 128,
         num_stages=3 if outputs >= 2 * block * processors else 2,
     )
     return out
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is no smaller."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 @functools.cache

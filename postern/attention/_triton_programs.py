@@ -8,22 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _logits(q, k, GROUP_BLOCK: tl.constexpr):
-    """``[groups, dim] x [keys, dim] -> [groups, keys]`` in float32, with the full precision of float32."""
+def _logits(q, k, GROUP_BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """``[groups, dim] x [keys, dim] -> [groups, keys]`` in float32."""
     if GROUP_BLOCK == 1:
         products = tl.sum(q * k.to(tl.float32), axis=1)[None, :]
     else:
-        products = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee")
+        products = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION)
     return products
 
 
 @triton.jit
-def _weigh(weights, v, GROUP_BLOCK: tl.constexpr):
+def _weigh(weights, v, GROUP_BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """``[groups, keys] x [keys, dim] -> [groups, dim]`` in float32."""
     if GROUP_BLOCK == 1:
         total = tl.sum(tl.trans(weights) * v.to(tl.float32), axis=0)[None, :]
     else:
-        total = tl.dot(weights, v.to(tl.float32), input_precision="ieee")
+        total = tl.dot(weights, v.to(tl.float32), input_precision=PRECISION)
     return total
 
 
@@ -51,6 +51,7 @@ def chunk(
     mask_batch,
     mask_head,
     mask_time,
+    scale,
     phi,
     low,
     high,
@@ -64,6 +65,7 @@ def chunk(
     BLOCK: tl.constexpr,
     IS_UNIFIED: tl.constexpr,
     IS_CHECKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One chunk of the keys of one head, for all the query heads that share it."""
     unit = tl.program_id(0)
@@ -75,7 +77,9 @@ def chunk(
     d = tl.arange(0, HEAD_BLOCK)
     e = tl.arange(0, VALUE_BLOCK)
     q = tl.load(
-        query + row[:, None] * HEAD_DIM + d[None, :], mask=(group < GROUPS)[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+        query + row[:, None] * HEAD_DIM + d[None, :],
+        mask=(group < GROUPS)[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
     )
     keys = key + batch * key_batch + head * key_head
     values = value + batch * value_batch + head * value_head
@@ -99,7 +103,7 @@ def chunk(
             mask=(t < last)[:, None] & (e < VALUE_DIM)[None, :],
             other=0.0,
         )
-        logits = _logits(q, k, GROUP_BLOCK)
+        logits = scale * _logits(q, k, GROUP_BLOCK, PRECISION)
         allowed = (group < GROUPS)[:, None] & (t < last)[None, :]
         if HAS_MASK:
             allowed = allowed & (tl.load(masks + t[None, :] * mask_time, mask=allowed, other=0) != 0)
@@ -117,7 +121,7 @@ def chunk(
             origin = greatest
             weights = tl.where(allowed, tl.exp(logits - greatest[:, None]), 0.0)
         denominator += tl.sum(weights, axis=1)
-        numerator += _weigh(weights, v, GROUP_BLOCK)
+        numerator += _weigh(weights, v, GROUP_BLOCK, PRECISION)
     place = row * num_splits + split
     tl.store(
         numerators + place[:, None] * VALUE_DIM + e[None, :],
@@ -195,6 +199,7 @@ def repair(
     mask_batch,
     mask_head,
     mask_time,
+    scale,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -228,7 +233,7 @@ def repair(
                 mask=(t < num_keys)[:, None] & (e < VALUE_DIM)[None, :],
                 other=0.0,
             )
-            logits = tl.sum(q * k.to(tl.float32), axis=1)
+            logits = scale * tl.sum(q * k.to(tl.float32), axis=1)
             allowed = t < num_keys
             if HAS_MASK:
                 allowed = allowed & (tl.load(masks + t * mask_time, mask=allowed, other=0) != 0)

@@ -7,6 +7,8 @@ ViT, Llama and most others) uses the clipped softmax by name:
 
     config = OPTConfig(attn_implementation="postern/clipped_softmax", clipped_softmax={"alpha": 2.0})
     model = OPTForCausalLM(config)
+
+After `register_split_decoding` it decodes over split keys by name, "postern/split_decoding".
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from torch.nn import functional as F
 
 from postern.attention.linear import FeatureMap, LinearState, elu_features, linear_attention
 from postern.attention.self_attention import Normaliser, attention_logits, repeat_heads
+from postern.attention.split_decoding import decode_attention
+from postern.attention.unified_softmax import UnifiedMax
 from postern.errors import MissingExtra
 from postern.softmax.clipped import clipped_softmax, clipping_gamma
 
 CLIPPED_SOFTMAX = "postern/clipped_softmax"
 LINEAR_ATTENTION = "postern/linear_attention"
+SPLIT_DECODING = "postern/split_decoding"
 
 ModelAttention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -136,6 +141,37 @@ def padding_mask(attention_mask: Tensor | None = None, kv_length: int = 0, **_: 
     return attention_mask[:, -kv_length:].bool()
 
 
+def register_split_decoding(
+    name: str = SPLIT_DECODING, *, unified: UnifiedMax | None = None, num_splits: int | None = None
+) -> None:
+    """Register decoding over split keys with Transformers; models then use it by name.
+
+    Steps of a single token run `postern.attention.decode_attention`, longer inputs Transformers' own "sdpa". A model's
+    own constant comes from its configuration's ``split_decoding``, a mapping with ``phi`` and optionally ``a``, ``b``,
+    ``enabled`` (``dataclasses.asdict`` of a `postern.attention.UnifiedMax`) and ``num_splits``; a configuration without
+    one uses the settings given here.
+
+    Registering a name again replaces its settings.
+
+    Args:
+        name: for ``attn_implementation``.
+        unified: for configurations that say nothing; None for the synchronised form.
+        num_splits: see `postern.attention.decode_attention`.
+
+    Raises:
+        MissingExtra: Transformers is not installed.
+        ValueError: an empty name, or fewer than one chunk.
+    """
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"num_splits is at least 1, got {num_splits}")
+    try:
+        from transformers.masking_utils import sdpa_mask
+    except ImportError:
+        raise MissingExtra("transformers", "Registering attention with Transformers") from None
+    forward = functools.partial(split_decoding_forward, unified=unified, num_splits=num_splits)
+    register_attention(name, forward, mask=sdpa_mask)
+
+
 def register_attention(name: str, forward: ModelAttention, mask: Callable[..., Tensor | None] | None = None) -> None:
     """Register an attention function with Transformers, together with the masks that it gets.
 
@@ -208,6 +244,66 @@ def clipped_softmax_forward(
     return normalised_forward(module, query, key, value, attention_mask, normalise=normalise, **options)
 
 
+def split_decoding_forward(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    value: Float[Tensor, "batch key_heads keys value_dim"],
+    attention_mask: Tensor | None,
+    *,
+    unified: UnifiedMax | None,
+    num_splits: int | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch queries heads value_dim"], None]:
+    """Attend in a Transformers model; what `register_split_decoding` registers.
+
+    Args:
+        module: the model's attention layer; its ``config`` may have ``split_decoding``.
+        query: queries.
+        key: keys.
+        value: values.
+        attention_mask: true where a key may be attended to, or None.
+        unified: for configurations that have none.
+        num_splits: likewise.
+        scaling: of the logits; by default ``1 / sqrt(head_dim)``.
+        dropout: share of the weights that are zeroed in training; where there is any, "sdpa" runs.
+        softcap: must be None.
+        s_aux: must be None.
+        position_bias: must be None.
+        options: of Transformers' "sdpa".
+
+    Raises:
+        ValueError: impossible settings, or a model that caps its logits, adds to them, or has attention sinks.
+    """
+    _refuse_changed_softmax(module, softcap, s_aux)
+    if position_bias is not None:
+        raise ValueError(f"{type(module).__name__} adds a bias to its logits, which split decoding does not")
+    if query.shape[2] != 1 or dropout:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        output: Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )[0]
+        return output, None
+    settings = getattr(getattr(module, "config", None), "split_decoding", None)
+    if settings is not None:
+        if not isinstance(settings, Mapping) or not settings.keys() <= {"phi", "a", "b", "enabled", "num_splits"}:
+            raise ValueError(
+                "a configuration's split_decoding is a mapping with phi, and optionally a, b, enabled and num_splits; "
+                f"got {settings!r}"
+            )
+        given = {name: settings[name] for name in ("phi", "a", "b", "enabled") if name in settings}
+        unified = UnifiedMax(**given) if "phi" in given else unified
+        num_splits = settings.get("num_splits", num_splits)
+    heads = decode_attention(query, key, value, attention_mask, scale=scaling, unified=unified, num_splits=num_splits)
+    return heads.transpose(1, 2).contiguous(), None
+
+
 def normalised_forward(
     module: nn.Module,
     query: Float[Tensor, "batch heads queries head_dim"],
@@ -241,11 +337,7 @@ def normalised_forward(
     Raises:
         ValueError: a model that caps its logits or has attention sinks of its own.
     """
-    if softcap is not None or s_aux is not None:
-        raise ValueError(
-            f"{type(module).__name__} caps its logits or adds sinks to its softmax, which other normalisers cannot; "
-            f"got softcap={softcap}, s_aux={'a tensor' if s_aux is not None else None}"
-        )
+    _refuse_changed_softmax(module, softcap, s_aux)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     logits = attention_logits(query, key, scaling)
     if position_bias is not None:
@@ -257,3 +349,11 @@ def normalised_forward(
             logits = logits + attention_mask
     weights = F.dropout(normalise(logits, -1), dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _refuse_changed_softmax(module: nn.Module, softcap: float | None, s_aux: Tensor | None) -> None:
+    if softcap is not None or s_aux is not None:
+        raise ValueError(
+            f"{type(module).__name__} caps its logits or adds sinks to its softmax, which other attention cannot; "
+            f"got softcap={softcap}, s_aux={'a tensor' if s_aux is not None else None}"
+        )

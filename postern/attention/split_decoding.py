@@ -1,14 +1,15 @@
 """Attention of a single query over a long cache: chunks of the keys in parallel, with or without their own maxima.
 
-Paper: "FlashDecoding++: Faster Large Language Model Inference on GPUs", arXiv 2311.01282. Chunks that subtract their own
-maxima must be rescaled to the greatest of them (the synchronised form, FlashDecoding); with one constant for all there
-is nothing to rescale (the unified form), and a row that the constant does not fit is computed again with maxima.
+Paper: "FlashDecoding++: Faster Large Language Model Inference on GPUs", arXiv 2311.01282. Chunks that subtract their
+own maxima must be rescaled to the greatest of them (the synchronised form, FlashDecoding); with one constant for all
+there is nothing to rescale (the unified form), and a row that the constant does not fit is computed again with maxima.
 
 It runs on compiled kernels on the CPU, on Triton on a GPU, and on plain tensor operations everywhere.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal, Unpack, get_args
 
@@ -186,7 +187,8 @@ def _choose(backend: DecodingBackend, *tensors: Tensor) -> str:
             raise Unavailable(_decoding_kernels.STATUS.reason)
         if not _decoding_kernels.can_run(*tensors):
             raise ValueError(
-                f"the compiled kernels take float32, bfloat16 and float16 on the CPU; got {found.dtype} on {found.device}"
+                "the compiled kernels take float32, bfloat16 and float16 on the CPU; "
+                f"got {found.dtype} on {found.device}"
             )
     if backend == "triton":
         from postern.attention import _triton_kernels
@@ -230,18 +232,30 @@ def _run(
     splits = min(num_splits or _default_splits(query, key), key.shape[2])
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     with without_autocast(query.device):
-        scaled = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
+        wide = query.to(torch.promote_types(query.dtype, torch.float32))
+        scaled = wide * scale
         if not scaled.numel() or not value.shape[3]:
             return value.new_zeros(*query.shape[:2], value.shape[3]), query.new_zeros(query.shape[:2], dtype=torch.bool)
         if backend == "native":
             bound = math.exp(SAFE_EXPONENT)
             out, recomputed = _decoding_kernels.attend(
-                scaled, key, value, mask, splits, phi=phi, low=low, high=high, least_total=1 / bound, greatest_total=bound
+                scaled,
+                key,
+                value,
+                mask,
+                splits,
+                phi=phi,
+                low=low,
+                high=high,
+                least_total=1 / bound,
+                greatest_total=bound,
             )
         elif backend == "triton":
             from postern.attention import _triton_kernels
 
-            out, recomputed = _triton_kernels.attend(scaled, key, value, mask, splits, phi=phi, low=low, high=high)
+            out, recomputed = _triton_kernels.attend(
+                wide, key, value, mask, splits, scale=scale, phi=phi, low=low, high=high
+            )
         elif phi is None:
             out = _synchronised(scaled, key, value, mask, splits)
             recomputed = scaled.new_zeros(scaled.shape[:2], dtype=torch.bool)
@@ -299,17 +313,22 @@ torch.library.register_autograd("postern::split_decoding", _derivatives, setup_c
 # -- in tensor operations ---------------------------------------------------------------------------------------------
 
 
+def _grouped(x: Tensor, heads: int) -> Tensor:
+    """``[batch, heads * groups, ...] -> [batch, heads, groups, ...]``."""
+    return x.reshape(x.shape[0], heads, -1, x.shape[2])
+
+
 def _chunks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, splits: int
 ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Of each chunk the logits ``[batch, kv_heads, groups, keys]``, the values, and the mask of the logits."""
     heads, keys = key.shape[1], key.shape[2]
     edges = [keys * split // splits for split in range(splits + 1)]
-    q = query.unflatten(1, (heads, -1))
+    q = _grouped(query, heads)
     found = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         logits = q @ key[:, :, first:last].to(q.dtype).mT
-        allowed = None if mask is None else mask[:, :, first:last].unflatten(1, (heads, -1))
+        allowed = None if mask is None else _grouped(mask[:, :, first:last], heads)
         found.append((logits, value[:, :, first:last].to(q.dtype), allowed))
     return found
 

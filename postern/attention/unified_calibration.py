@@ -32,7 +32,7 @@ class UnifiedMaxCalibrator:
 
     Args:
         num_bins: bins of the histogram, a multiple of 4. A quantile is known to ``4 / num_bins`` of the largest
-            magnitude.
+            magnitude, or of 4 where none is larger.
 
     Attributes:
         count: logits seen.

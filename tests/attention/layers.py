@@ -14,6 +14,8 @@ from postern.attention import (
     LinearAttention,
     PerHeadGatedAttention,
     SelfAttention,
+    SplitDecodingAttention,
+    UnifiedMax,
 )
 from postern.softmax import softmax_off_by_one
 
@@ -76,6 +78,20 @@ LAYERS = {
     "gated-without-input": Layer(partial(GatedAttention, WIDTH, HEADS, is_input_dependent=False)),
     "normalised-heads": Layer(
         lambda **options: SelfAttention(WIDTH, HEADS, gate=HeadNonlinearity(WIDTH // HEADS), **options)
+    ),
+    "split-decoding": Layer(partial(SplitDecodingAttention, WIDTH, HEADS, num_splits=2)),
+    "split-decoding-unified": Layer(
+        partial(
+            SplitDecodingAttention,
+            WIDTH,
+            6,
+            num_kv_heads=2,
+            rotary_base=100.0,
+            has_qk_norm=True,
+            unified=UnifiedMax(1.0),
+            num_splits=3,
+        ),
+        knows_positions=True,
     ),
     "linear": Layer(partial(LinearAttention, WIDTH, HEADS), has_any_mask=False),
     "linear-rotary": Layer(

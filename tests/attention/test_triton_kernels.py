@@ -1,0 +1,85 @@
+"""The Triton kernels, in Triton's interpreter on the CPU: in a process of its own, as the choice is made at import."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+ATTENTION = """
+import itertools
+import torch
+from postern.attention import UnifiedMax, decode_attention, unified_decode_attention
+torch.manual_seed(0)
+recomputed = 0
+for dtype, (heads, kv_heads, head_dim, value_dim, keys) in itertools.product(
+    (torch.float32, torch.bfloat16, torch.float16),
+    ((2, 2, 16, 16, 70), (4, 2, 24, 20, 133), (1, 1, 64, 64, 5)),
+):
+    query = torch.randn(2, heads, 1, head_dim).to(dtype)
+    key = torch.randn(2, kv_heads, keys, head_dim).to(dtype)
+    value = torch.randn(2, keys, kv_heads, value_dim).to(dtype).transpose(1, 2)  # strides of a cache by time
+    key[0, 0] *= 40
+    padding = torch.rand(2, keys) > 0.3
+    padding[1] = False
+    for mask in (None, padding):
+        unified = UnifiedMax(1.0, -3.0, 3.0)
+        found = decode_attention(query, key, value, mask, num_splits=3, backend="triton")
+        expected = decode_attention(query, key, value, mask, num_splits=3, backend="torch")
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, expected, rtol=16 * eps, atol=16 * eps)
+        for check in ("safe", "paper"):
+            results = [
+                unified_decode_attention(query, key, value, unified, mask, num_splits=3, check=check, backend=backend)
+                for backend in ("triton", "torch")
+            ]
+            torch.testing.assert_close(results[0][0], expected, rtol=16 * eps, atol=16 * eps)
+            assert torch.equal(results[0][1], results[1][1]), (dtype, check)
+            recomputed += int(results[0][1].sum())
+assert recomputed > 20
+print("equal")
+"""
+
+PRODUCTS = """
+import torch
+from torch.nn import functional as F
+from postern.attention import flat_linear
+torch.manual_seed(0)
+for rows, outputs, inputs in ((1, 40, 33), (8, 130, 70), (9, 16, 16), (70, 100, 50)):
+    for dtype in (torch.float32, torch.float16):  # the interpreter's product of bfloat16 is wrong
+        x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+        for b in (None, bias):
+            expected = F.linear(x.double(), weight.double(), None if b is None else b.double()).to(dtype)
+            torch.testing.assert_close(flat_linear(x, weight, b, backend="triton"), expected, rtol=2e-3, atol=1e-3)
+    found = flat_linear(x.T.contiguous().T.float(), weight.float(), backend="triton")
+    torch.testing.assert_close(found, F.linear(x.float(), weight.float()), rtol=1e-5, atol=1e-5)
+print("equal")
+"""
+
+REFUSALS = """
+import torch
+from postern.attention import decode_attention
+x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+try:
+    decode_attention(x, x, x, backend="triton")
+except ValueError as error:
+    print("equal" if "got torch.float64" in str(error) else error)
+"""
+
+
+@pytest.mark.parametrize("code", [ATTENTION, PRODUCTS, REFUSALS], ids=["attention", "products", "refusals"])
+def test_in_the_interpreter(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stdout + done.stderr
