@@ -2,8 +2,11 @@
 
 from postern.attention.add_gates import add_attention_gates, add_gates, add_per_head_gates
 from postern.attention.clipped_softmax import ClippedSoftmaxAttention
+from postern.attention.entropy import attention_entropy, entropy_by_norm, norm_entropy_correlation
+from postern.attention.feature_maps import FEATURE_MAPS, Features, relu_features
 from postern.attention.fit import FittedAttention, fit_attention
 from postern.attention.flat_linear import FlatLinear, flat_linear, pack_weight, unpack_weight
+from postern.attention.framed import FramedLinearAttention, FramedSoftmaxAttention
 from postern.attention.gated import AttentionGate, GatedAttention, HeadNonlinearity, split_query_and_gate
 from postern.attention.gemm_dispatch import GemmDispatcher
 from postern.attention.hugging_face import (
@@ -13,10 +16,22 @@ from postern.attention.hugging_face import (
     register_split_decoding,
 )
 from postern.attention.lightning import lightning_attention
-from postern.attention.linear import LinearAttention, LinearState, elu_features, linear_attention
+from postern.attention.linear import (
+    LinearAttention,
+    LinearState,
+    elu_features,
+    linear_attention,
+    linear_attention_weights,
+)
+from postern.attention.norm_aware import (
+    NormAwareLinearAttention,
+    norm_aware_key_features,
+    norm_aware_query_features,
+    norm_exponent,
+)
 from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
 from postern.attention.protocol import Attention, Cache
-from postern.attention.rotary import rotary_angles, rotate
+from postern.attention.rotary import grid_angles, rotary_angles, rotate
 from postern.attention.self_attention import KeyValueCache, SelfAttention, attend, attention_logits, attention_weights
 from postern.attention.sinks import LayerSinks, SinkProbe, first_token_share, first_value_ratio
 from postern.attention.split_decoding import SplitDecodingAttention, decode_attention, unified_decode_attention
@@ -24,12 +39,16 @@ from postern.attention.unified_calibration import UnifiedMaxCalibrator, calibrat
 from postern.attention.unified_softmax import UnifiedMax, unified_softmax
 
 __all__ = [
+    "FEATURE_MAPS",
     "Attention",
     "AttentionGate",
     "Cache",
     "ClippedSoftmaxAttention",
+    "Features",
     "FittedAttention",
     "FlatLinear",
+    "FramedLinearAttention",
+    "FramedSoftmaxAttention",
     "GatedAttention",
     "GemmDispatcher",
     "HeadNonlinearity",
@@ -37,6 +56,7 @@ __all__ = [
     "LayerSinks",
     "LinearAttention",
     "LinearState",
+    "NormAwareLinearAttention",
     "PerHeadGate",
     "PerHeadGatedAttention",
     "SelfAttention",
@@ -48,22 +68,31 @@ __all__ = [
     "add_gates",
     "add_per_head_gates",
     "attend",
+    "attention_entropy",
     "attention_logits",
     "attention_weights",
     "calibrate_unified_max",
     "decode_attention",
     "elu_features",
+    "entropy_by_norm",
     "first_token_share",
     "first_value_ratio",
     "fit_attention",
     "flat_linear",
+    "grid_angles",
     "lightning_attention",
     "linear_attention",
+    "linear_attention_weights",
+    "norm_aware_key_features",
+    "norm_aware_query_features",
+    "norm_entropy_correlation",
+    "norm_exponent",
     "pack_weight",
     "register_attention",
     "register_clipped_softmax",
     "register_linear_attention",
     "register_split_decoding",
+    "relu_features",
     "rotary_angles",
     "rotate",
     "split_query_and_gate",

@@ -28,11 +28,13 @@ class LinearState:
     Attributes:
         memory: ``sum_s k_s v_s^T``, ``[batch, heads, key_dim, value_dim]``.
         total: ``sum_s k_s``, ``[batch, heads, key_dim]``.
+        count: number of keys that may be attended to, ``[batch]``.
         length: number of tokens.
     """
 
     memory: Tensor | None = None
     total: Tensor | None = None
+    count: Tensor | None = None
     length: int = 0
 
     def __len__(self) -> int:
@@ -40,8 +42,10 @@ class LinearState:
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Keep these sequences of the batch, in this order."""
-        if self.memory is not None and self.total is not None:
-            self.memory, self.total = self.memory.index_select(0, rows), self.total.index_select(0, rows)
+        for name in ("memory", "total", "count"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept.index_select(0, rows))
 
 
 def elu_features(x: Tensor) -> Tensor:
@@ -60,6 +64,7 @@ def linear_attention(
     angles: Float[Tensor, "keys half"] | None = None,
     state: LinearState | None = None,
     eps: float = 1e-6,
+    is_averaged: bool = False,
 ) -> Float[Tensor, "batch heads queries value_dim"]:
     """``o_t = sum_s (q_t . k_s) v_s / (sum_s q_t . k_s + eps)``, over all tokens or those up to t.
 
@@ -69,26 +74,33 @@ def linear_attention(
         value: values.
         mask: true where a key may be attended to. A query that may attend to nothing gets zeros.
         is_causal: whether a query sees its own token and earlier ones only.
-        angles: rotate the features by these in the numerator, and not in the denominator, which stays positive.
+        angles: rotate the features by these in the numerator, and not in the denominator, which stays positive. Of
+            more features than twice the angles, each group of that many is rotated alike.
         state: of the tokens before, changed in place; only where the layer is causal.
         eps: keeps the denominator from 0.
+        is_averaged: whether the sums are means over the keys that a query may attend to, so that eps weighs the same at
+            any length.
 
     Returns:
         The output in the dtype of the values.
 
     Raises:
-        ValueError: a mask by query or head, or a state without the causal order.
+        ValueError: a mask by query or head, a state without the causal order, or angles that do not divide the
+            features.
     """
+    if angles is not None and query.shape[-1] % (2 * angles.shape[-1]):
+        raise ValueError(f"{angles.shape[-1]} angles rotate groups of twice as many features, got {query.shape[-1]}")
     check_padding(mask, key.shape[0], key.shape[2])
     if state is not None and not is_causal:
         raise ValueError("a cache needs the causal order: without it later tokens change what earlier ones see")
     dtype = torch.promote_types(value.dtype, torch.float32)
+    floor = eps * _counts(key, mask, state, is_causal=is_causal).to(dtype)[:, None, :, None] if is_averaged else eps
     if mask is not None:
         key = key * mask[:, None, :, None]
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     with without_autocast(query.device):
         q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-        rotated_q, rotated_k = (q, k) if angles is None else (rotate(q, angles), rotate(k, angles))
+        rotated_q, rotated_k = (q, k) if angles is None else (_rotate_groups(q, angles), _rotate_groups(k, angles))
         if is_causal:
             memory = None if state is None else state.memory
             numerator, memory = lightning_attention(rotated_q, rotated_k, v, state=memory)
@@ -102,8 +114,38 @@ def linear_attention(
         else:
             numerator = rotated_q @ (rotated_k.transpose(-1, -2) @ v)
             denominator = q @ k.sum(2)[..., None]
-        output = numerator / (denominator + eps)
+        output = numerator / (denominator + floor)
     return output.to(value.dtype)
+
+
+def _rotate_groups(x: Tensor, angles: Tensor) -> Tensor:
+    return rotate(x.unflatten(-1, (-1, 2 * angles.shape[-1])), angles[:, None]).flatten(-2)
+
+
+def _counts(key: Tensor, mask: Tensor | None, state: LinearState | None, *, is_causal: bool) -> Tensor:
+    """How many keys a query may attend to, at least 1; ``[batch, keys]`` in the causal order, else ``[batch, 1]``."""
+    allowed = key.new_ones(key.shape[0], key.shape[2], dtype=torch.long) if mask is None else mask.long()
+    if not is_causal:
+        return allowed.sum(1, keepdim=True).clamp_min(1)
+    counts = allowed.cumsum(1)
+    if state is not None:
+        if state.count is not None:
+            counts = counts + state.count[:, None]
+        state.count = counts[:, -1]
+    return counts.clamp_min(1)
+
+
+def linear_attention_weights(
+    query: Float[Tensor, "*batch queries features"], key: Float[Tensor, "*batch keys features"]
+) -> Float[Tensor, "*batch queries keys"]:
+    """``q_t . k_s / sum_s q_t . k_s``: the weights that linear attention never makes; to look at.
+
+    Args:
+        query: features of the queries, at least 0, and not orthogonal to all keys.
+        key: features of the keys, at least 0.
+    """
+    products = query @ key.transpose(-1, -2)
+    return products / products.sum(-1, keepdim=True)
 
 
 class LinearAttention(nn.Module):
@@ -160,6 +202,25 @@ class LinearAttention(nn.Module):
         """Return an empty cache."""
         return LinearState()
 
+    def project(
+        self, x: Float[Tensor, "batch time width"]
+    ) -> tuple[
+        Float[Tensor, "batch heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
+    ]:
+        """Return queries, keys and values of the tokens by head, before their features.
+
+        Raises:
+            ValueError: an input of another width.
+        """
+        check_input(x, self.width)
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.width // self.num_heads)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        return query, key, value
+
     def forward(
         self,
         x: Float[Tensor, "batch time width"],
@@ -171,17 +232,13 @@ class LinearAttention(nn.Module):
         Raises:
             ValueError: an input of another width, a mask by query or head, or a cache for a layer that is not causal.
         """
-        check_input(x, self.width)
-        start, time = 0 if cache is None else len(cache), x.shape[1]
-        check_padding(mask, x.shape[0], start + time)
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.width // self.num_heads))
-            for projection in (self.query, self.key, self.value)
-        )
-        query, key, value = (y.transpose(1, 2) for y in (self.query_features(query), self.key_features(key), value))
+        query, key, value = self.project(x)
+        query, key = self.query_features(query), self.key_features(key)
+        start = 0 if cache is None else len(cache)
+        check_padding(mask, x.shape[0], start + x.shape[1])
         angles = None
         if self.rotary_base is not None:
-            angles = rotary_angles(time, query.shape[-1], start=start, base=self.rotary_base, device=x.device)
+            angles = rotary_angles(x.shape[1], query.shape[-1], start=start, base=self.rotary_base, device=x.device)
         heads = linear_attention(
             query,
             key,

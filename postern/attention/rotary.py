@@ -35,6 +35,35 @@ def rotary_angles(
     return angles
 
 
+def grid_angles(
+    height: int, width: int, dim: int, *, base: float = 10_000.0, device: object = None
+) -> Float[Tensor, "positions half"]:
+    """Angles for the pixels of an image, row by row: half of them turn with the row, half with the column.
+
+    Row and column have the frequencies ``base^-e`` with ``e`` in even steps from 0 to 1, both included.
+
+    Args:
+        height: rows.
+        width: columns.
+        dim: features that are rotated; a multiple of 4.
+        base: the slowest rotation is ``base`` times slower than the fastest.
+        device: where to make them.
+
+    Raises:
+        ValueError: features that are no multiple of 4, or a base that is not positive.
+    """
+    if dim % 4 or dim < 4 or not base > 0:
+        raise ValueError(
+            f"rotation by two positions needs a multiple of 4 features and a positive base, got {dim}, {base}"
+        )
+    frequencies = base ** -torch.linspace(0, 1, dim // 4, device=device)  # type: ignore[arg-type]
+    rows = torch.arange(height, device=device)[:, None, None] * frequencies  # type: ignore[call-overload]
+    columns = torch.arange(width, device=device)[None, :, None] * frequencies  # type: ignore[call-overload]
+    shape = (height, width, dim // 4)
+    angles: Tensor = torch.cat([rows.expand(shape), columns.expand(shape)], dim=-1).flatten(0, 1)
+    return angles
+
+
 def rotate(x: Float[Tensor, "*batch time dim"], angles: Float[Tensor, "time half"]) -> Float[Tensor, "*batch time dim"]:
     """Rotate feature j of each token together with feature j + dim/2, by its angle j.
 

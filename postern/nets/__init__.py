@@ -16,6 +16,7 @@ from postern.nets.language_model import (
     train_language_model,
 )
 from postern.nets.mlp import MLP
+from postern.nets.nalaformer import NALAFORMER_SIZES, NaLaFormer, NaLaFormerBlock, NaLaFormerSize
 from postern.nets.normalize import Normalize
 from postern.nets.resnet import ResNet, resnet18, resnet34
 from postern.nets.token_transformer import TokenTransformer
@@ -23,12 +24,16 @@ from postern.nets.vector_transformer import VectorTransformer
 
 __all__ = [
     "MLP",
+    "NALAFORMER_SIZES",
     "AgarapCNN",
     "BagOfWords",
     "ConvNet",
     "GridDetector",
     "LanguageModel",
     "LanguageModelCache",
+    "NaLaFormer",
+    "NaLaFormerBlock",
+    "NaLaFormerSize",
     "Normalize",
     "ResNet",
     "TokenTransformer",

@@ -9,9 +9,11 @@ from torch import nn
 
 from postern.attention import (
     ClippedSoftmaxAttention,
+    FramedSoftmaxAttention,
     GatedAttention,
     HeadNonlinearity,
     LinearAttention,
+    NormAwareLinearAttention,
     PerHeadGatedAttention,
     SelfAttention,
     SplitDecodingAttention,
@@ -96,5 +98,16 @@ LAYERS = {
     "linear": Layer(partial(LinearAttention, WIDTH, HEADS), has_any_mask=False),
     "linear-rotary": Layer(
         partial(LinearAttention, WIDTH, 6, num_kv_heads=2, rotary_base=100.0), knows_positions=True, has_any_mask=False
+    ),
+    "norm-aware": Layer(partial(NormAwareLinearAttention, WIDTH, HEADS), has_any_mask=False),
+    "norm-aware-rotary": Layer(
+        partial(NormAwareLinearAttention, WIDTH, 6, num_kv_heads=2, phase="soft", rotary="1d", rotary_base=100.0),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "framed-softmax": Layer(
+        partial(FramedSoftmaxAttention, WIDTH, 6, num_kv_heads=2, rotary="1d", rotary_base=100.0),
+        knows_positions=True,
+        has_any_mask=False,
     ),
 }
