@@ -107,11 +107,11 @@ def _check(power: float, offset: float, phase: str | None) -> None:
 
 def _powers(size: Tensor, exponent: Tensor | float, length: Tensor | None = None) -> Tensor:
     """``(size / length)^exponent``, without powers of tiny numbers, and with the gradient 0 at 0."""
-    logs = torch.where(size > 0, size, 1.0).log()
+    logs = size.clamp_min(torch.finfo(size.dtype).tiny).log()
     if length is not None:
         logs = logs - length.log()
     logs = exponent * logs
-    return logs.clamp_min(_LEAST_LOG).exp() * ((size > 0) & (logs > _LEAST_LOG))
+    return torch.where(logs > _LEAST_LOG, logs, -torch.inf).exp()
 
 
 def _lift(size: Tensor, x: Tensor, length: Tensor, phase: Phase | None) -> Tensor:

@@ -49,7 +49,7 @@ NALAFORMER_SIZES: Mapping[str, NaLaFormerSize] = {
     "B": NaLaFormerSize((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8), 4.0, 0.4, (1.0, 1.0, 1e-6, 1e-6)),
     "L": NaLaFormerSize((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10), 3.5, 0.55, (1e-6, 1e-6, 1e-6, 1e-6)),
 }
-"""The paper's sizes, of 8, 15, 26, 52 and 95 million parameters with 1000 classes."""
+"""The paper's sizes, of 6, 16, 26, 52 and 95 million parameters with 1000 classes."""
 
 
 class NaLaFormerBlock(nn.Module):

@@ -82,3 +82,30 @@ def test_a_cache_needs_the_causal_order():
     layer = LinearAttention(8, 2)
     with pytest.raises(ValueError, match="a cache needs the causal order"):
         layer(torch.zeros(1, 3, 8), cache=layer.new_cache())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_averages_count_the_keys_that_may_be_attended_to(is_causal):
+    query, key, value = features(20)
+    query = query * 1e-6  # so that eps matters
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :3] = False
+    allowed = mask[:, None, None, :] * (torch.ones(20, 20).tril() if is_causal else torch.ones(20, 20))
+    weights = query @ key.repeat_interleave(2, 1).mT * allowed
+    count = allowed.sum(-1, keepdim=True).clamp_min(1)
+    expected = (weights / count @ value.repeat_interleave(2, 1)) / ((weights / count).sum(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(
+        linear_attention(query, key, value, mask, is_causal=is_causal, is_averaged=True), expected
+    )
+
+
+def test_groups_of_features_are_rotated_alike():
+    query, key, value = features(12)
+    angles = rotary_angles(12, 2, base=100.0)
+    groups = [torch.cat([rotate(part, angles) for part in x.split(2, -1)], -1) for x in (query, key)]
+    turned = groups[0] @ groups[1].repeat_interleave(2, 1).mT
+    total = (query @ key.repeat_interleave(2, 1).mT).sum(-1, keepdim=True) + 1e-6
+    expected = turned @ value.repeat_interleave(2, 1) / total
+    torch.testing.assert_close(linear_attention(query, key, value, angles=angles), expected)
+    with pytest.raises(ValueError, match="2 angles rotate groups of twice as many features, got 6"):
+        linear_attention(query, key, value, angles=rotary_angles(12, 4))
