@@ -23,7 +23,8 @@ def attention_entropy(weights: Float[Tensor, "*batch queries keys"]) -> Float[Te
     Args:
         weights: at least 0, with the sum 1 over the keys; from `attention_weights` or `linear_attention_weights`.
     """
-    return torch.special.entr(weights).sum(-1)
+    entropy: Tensor = torch.special.entr(weights).sum(-1)
+    return entropy
 
 
 def entropy_by_norm(

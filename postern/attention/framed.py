@@ -176,7 +176,7 @@ class FramedLinearAttention(LinearAttention):
             values = repeat_heads(value, self.num_heads)
             if mask is not None:
                 values = values * mask[:, None, :, None]
-            image = values.transpose(-1, -2).flatten(1, 2).unflatten(-1, grid)
+            image = values.transpose(-1, -2).reshape(x.shape[0], self.width, *grid)
             merged = merged + self.lepe(image).flatten(2).transpose(1, 2)
         merged = self.norm(merged)
         if self.gate is not None:

@@ -119,7 +119,8 @@ def linear_attention(
 
 
 def _rotate_groups(x: Tensor, angles: Tensor) -> Tensor:
-    return rotate(x.unflatten(-1, (-1, 2 * angles.shape[-1])), angles[:, None]).flatten(-2)
+    groups = x.reshape(*x.shape[:-1], -1, 2 * angles.shape[-1])
+    return rotate(groups, angles[:, None]).flatten(-2)
 
 
 def _counts(key: Tensor, mask: Tensor | None, state: LinearState | None, *, is_causal: bool) -> Tensor:

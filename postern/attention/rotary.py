@@ -36,7 +36,7 @@ def rotary_angles(
 
 
 def grid_angles(
-    height: int, width: int, dim: int, *, base: float = 10_000.0, device: object = None
+    height: int, width: int, dim: int, *, base: float = 10_000.0, device: torch.device | None = None
 ) -> Float[Tensor, "positions half"]:
     """Angles for the pixels of an image, row by row: half of them turn with the row, half with the column.
 
@@ -56,9 +56,9 @@ def grid_angles(
         raise ValueError(
             f"rotation by two positions needs a multiple of 4 features and a positive base, got {dim}, {base}"
         )
-    frequencies = base ** -torch.linspace(0, 1, dim // 4, device=device)  # type: ignore[arg-type]
-    rows = torch.arange(height, device=device)[:, None, None] * frequencies  # type: ignore[call-overload]
-    columns = torch.arange(width, device=device)[None, :, None] * frequencies  # type: ignore[call-overload]
+    frequencies = base ** -torch.linspace(0, 1, dim // 4, device=device)
+    rows = torch.arange(height, device=device)[:, None, None] * frequencies
+    columns = torch.arange(width, device=device)[None, :, None] * frequencies
     shape = (height, width, dim // 4)
     angles: Tensor = torch.cat([rows.expand(shape), columns.expand(shape)], dim=-1).flatten(0, 1)
     return angles

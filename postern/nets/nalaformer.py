@@ -215,7 +215,7 @@ def _tokens(image: Tensor) -> Tensor:
 
 
 def _image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(-1, grid)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
 
 
 def _initialise(module: nn.Module) -> None:

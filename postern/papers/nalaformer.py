@@ -307,7 +307,7 @@ def _train(task: _Task, arm: str, rate: float, run: Run) -> _Trained:
 def _accuracy(network: nn.Module, batch: Batch, at_once: int = 256) -> float:
     device = next(network.parameters()).device
     with evaluating(network):
-        found = [network(part.to(device)).argmax(-1).cpu() for part in batch[0].split(at_once)]
+        found = [network(part.to(device)).argmax(-1).cpu() for part in torch.split(batch[0], at_once)]
     return (torch.cat(found) == batch[1]).double().mean().item()
 
 
@@ -368,14 +368,14 @@ def _pixels(config: Pixels, run: Run) -> _Task:
     order = torch.randperm(len(tokens), generator=run.generator())[: config.images]
     num_test = int(config.test * len(order))
     num_validation = int(config.validation * (len(order) - num_test))
-    test, validation, train = order.split([num_test, num_validation, len(order) - num_test - num_validation])
+    test, validation, train = torch.split(order, [num_test, num_validation, len(order) - num_test - num_validation])
     per_epoch = len(train) // config.batch_size
 
     def batches() -> Iterator[Batch]:
         generator = run.generator(1)
         for _ in range(config.epochs):
             shuffled = train[torch.randperm(len(train), generator=generator)]
-            for rows in shuffled[: per_epoch * config.batch_size].split(config.batch_size):
+            for rows in torch.split(shuffled[: per_epoch * config.batch_size], config.batch_size):
                 yield tokens[rows], digits.labels[rows]
 
     def build(arm: str) -> nn.Module:

@@ -51,4 +51,4 @@ def test_longer_queries_of_softmax_are_sharper():
 
     entropy = entropy_by_norm(weigh, direction, key, norms)
     assert entropy.shape == (5, 1, 3)
-    assert norm_entropy_correlation(entropy, norms) == -1
+    assert norm_entropy_correlation(entropy, norms) == pytest.approx(-1)
