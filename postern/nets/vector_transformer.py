@@ -25,9 +25,10 @@ class VectorTransformer(nn.Module):
         num_heads: attention heads a layer, for the default attention.
         attention: makes the attention of layer 0, 1, ... of this width; by default `postern.attention.SelfAttention`.
         activation: of the feed-forward blocks, which are twice as wide as the tokens.
+        position_std: standard deviation of the initial positions; larger where a token says little without its place.
 
     Raises:
-        ValueError: a size below 1, or a width that the heads do not divide.
+        ValueError: a size below 1, a width that the heads do not divide, or a negative standard deviation.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class VectorTransformer(nn.Module):
         *,
         attention: AttentionBuilder | None = None,
         activation: Callable[[Tensor], Tensor] = F.gelu,
+        position_std: float = 0.02,
     ) -> None:
         super().__init__()
         if min(in_features, num_tokens, num_classes, width, num_layers, num_heads) < 1:
@@ -48,8 +50,10 @@ class VectorTransformer(nn.Module):
                 f"sizes are positive, got in_features={in_features}, num_tokens={num_tokens}, "
                 f"num_classes={num_classes}, width={width}, num_layers={num_layers}, num_heads={num_heads}"
             )
+        if not position_std >= 0:
+            raise ValueError(f"position_std must be at least 0, got {position_std}")
         self.embedding = nn.Linear(in_features, width)
-        self.position = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        self.position = nn.Parameter(torch.randn(num_tokens, width) * position_std)
         self.layers = nn.ModuleList(
             LanguageModelLayer(
                 SelfAttention(width, num_heads) if attention is None else attention(index),

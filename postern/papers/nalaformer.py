@@ -347,7 +347,8 @@ def _compare(task: _Task, arms: Sequence[str], rates: Sequence[float], run: Run)
 class Pixels:
     """Digits of 8x8 pixels as sequences of 64 tokens, for a transformer with learned positions.
 
-    A share of ``test`` is held out, and ``validation`` of the rest chooses the rate.
+    A share of ``test`` is held out, and ``validation`` of the rest chooses the rate. Positions start as large as the
+    tokens, since a pixel says nothing without its place.
     """
 
     arms: tuple[str, ...]
@@ -360,6 +361,7 @@ class Pixels:
     layers: int = 2
     heads: int = 2
     batch_size: int = 64
+    position_std: float = 1.0
 
 
 def _pixels(config: Pixels, run: Run) -> _Task:
@@ -381,7 +383,14 @@ def _pixels(config: Pixels, run: Run) -> _Task:
     def build(arm: str) -> nn.Module:
         make = partial(attention, arm, config.width, config.heads)
         return VectorTransformer(
-            1, tokens.shape[1], 10, config.width, config.layers, config.heads, attention=lambda _: make()
+            1,
+            tokens.shape[1],
+            10,
+            config.width,
+            config.layers,
+            config.heads,
+            attention=lambda _: make(),
+            position_std=config.position_std,
         )
 
     held_out = [(tokens[rows], digits.labels[rows]) for rows in (validation, test)]

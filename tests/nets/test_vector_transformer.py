@@ -30,7 +30,13 @@ def test_attention_can_be_exchanged() -> None:
     assert not torch.allclose(plain(tokens), other(tokens))
 
 
-@pytest.mark.parametrize("wrong", [{"in_features": 0}, {"num_tokens": 0}, {"width": 15}])
-def test_misuse(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [{"in_features": 0}, {"num_tokens": 0}, {"width": 15}, {"position_std": -1.0}])
+def test_misuse(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="got"):
         VectorTransformer(**{"in_features": 4, "num_tokens": 6, "num_classes": 3, **wrong})
+
+
+def test_positions_start_as_large_as_asked() -> None:
+    torch.manual_seed(0)
+    position = VectorTransformer(1, 500, 3, width=16, position_std=2.0).position
+    assert position.std().item() == pytest.approx(2, rel=0.05)
