@@ -11,7 +11,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from postern.attention import ClippedSoftmaxAttention, LinearAttention, PerHeadGatedAttention, SelfAttention
+from postern.attention import (
+    ClippedSoftmaxAttention,
+    LinearAttention,
+    NormAwareLinearAttention,
+    PerHeadGatedAttention,
+    SelfAttention,
+)
 from postern.claims import Run
 from postern.claims.comparison import Member, Quantity, Setting
 from postern.claims.timing import best_times
@@ -55,6 +61,7 @@ ENTRIES: Mapping[str, Entry] = {
     "clipped": Entry(partial(ClippedSoftmaxAttention, WIDTH, HEADS, alpha=1.0, length=CONTEXT)),
     "per-head-gate": Entry(partial(PerHeadGatedAttention, WIDTH, HEADS, kind="all")),
     "linear": Entry(partial(LinearAttention, WIDTH, HEADS)),
+    "norm-aware": Entry(partial(NormAwareLinearAttention, WIDTH, HEADS)),
 }
 MEMBERS = (
     Member("softmax", "softmax attention on torch's fused kernel", "postern.attention.SelfAttention"),
@@ -75,6 +82,12 @@ MEMBERS = (
         "quantizable-transformers",
     ),
     Member("linear", "sums of elu features in the place of softmax", "postern.attention.LinearAttention"),
+    Member(
+        "norm-aware",
+        "sums of features whose exponent is the query's norm, a norm and a gate",
+        "postern.attention.NormAwareLinearAttention",
+        "nalaformer",
+    ),
 )
 
 
