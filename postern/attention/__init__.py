@@ -2,12 +2,14 @@
 
 from postern.attention.add_gates import add_attention_gates, add_gates, add_per_head_gates
 from postern.attention.clipped_softmax import ClippedSoftmaxAttention
+from postern.attention.decay import decay_slopes
 from postern.attention.entropy import attention_entropy, entropy_by_norm, norm_entropy_correlation
 from postern.attention.feature_maps import FEATURE_MAPS, Features, relu_features
 from postern.attention.fit import FittedAttention, fit_attention
 from postern.attention.flat_linear import FlatLinear, flat_linear, pack_weight, unpack_weight
 from postern.attention.framed import FramedLinearAttention, FramedSoftmaxAttention
 from postern.attention.gated import AttentionGate, GatedAttention, HeadNonlinearity, split_query_and_gate
+from postern.attention.gated_linear import GatedLinearAttention, GatedLinearState
 from postern.attention.gemm_dispatch import GemmDispatcher
 from postern.attention.hugging_face import (
     register_attention,
@@ -23,6 +25,7 @@ from postern.attention.linear import (
     linear_attention,
     linear_attention_weights,
 )
+from postern.attention.lrpe import LRPE
 from postern.attention.norm_aware import (
     NormAwareLinearAttention,
     norm_aware_key_features,
@@ -33,6 +36,8 @@ from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
 from postern.attention.protocol import Attention, Cache
 from postern.attention.rotary import grid_angles, rotary_angles, rotate
 from postern.attention.self_attention import KeyValueCache, SelfAttention, attend, attention_logits, attention_weights
+from postern.attention.sglu import SGLU
+from postern.attention.simple_rms_norm import SimpleRMSNorm, simple_rms_norm
 from postern.attention.sinks import LayerSinks, SinkProbe, first_token_share, first_value_ratio
 from postern.attention.split_decoding import SplitDecodingAttention, decode_attention, unified_decode_attention
 from postern.attention.unified_calibration import UnifiedMaxCalibrator, calibrate_unified_max
@@ -40,6 +45,8 @@ from postern.attention.unified_softmax import UnifiedMax, unified_softmax
 
 __all__ = [
     "FEATURE_MAPS",
+    "LRPE",
+    "SGLU",
     "Attention",
     "AttentionGate",
     "Cache",
@@ -50,6 +57,8 @@ __all__ = [
     "FramedLinearAttention",
     "FramedSoftmaxAttention",
     "GatedAttention",
+    "GatedLinearAttention",
+    "GatedLinearState",
     "GemmDispatcher",
     "HeadNonlinearity",
     "KeyValueCache",
@@ -60,6 +69,7 @@ __all__ = [
     "PerHeadGate",
     "PerHeadGatedAttention",
     "SelfAttention",
+    "SimpleRMSNorm",
     "SinkProbe",
     "SplitDecodingAttention",
     "UnifiedMax",
@@ -72,6 +82,7 @@ __all__ = [
     "attention_logits",
     "attention_weights",
     "calibrate_unified_max",
+    "decay_slopes",
     "decode_attention",
     "elu_features",
     "entropy_by_norm",
@@ -95,6 +106,7 @@ __all__ = [
     "relu_features",
     "rotary_angles",
     "rotate",
+    "simple_rms_norm",
     "split_query_and_gate",
     "unified_decode_attention",
     "unified_softmax",

@@ -11,6 +11,7 @@ from postern.attention import (
     ClippedSoftmaxAttention,
     FramedSoftmaxAttention,
     GatedAttention,
+    GatedLinearAttention,
     HeadNonlinearity,
     LinearAttention,
     NormAwareLinearAttention,
@@ -45,6 +46,11 @@ class Layer:
     compile: bool = True
     bfloat16: bool = True
     tolerance: float = 0.1
+
+
+def gated_linear(*, is_causal: bool, **options: object) -> nn.Module:
+    assert is_causal, "it has no other direction"
+    return GatedLinearAttention(WIDTH, HEADS, **options)
 
 
 LAYERS = {
@@ -107,6 +113,13 @@ LAYERS = {
     ),
     "framed-softmax": Layer(
         partial(FramedSoftmaxAttention, WIDTH, 6, num_kv_heads=2, rotary="1d", rotary_base=100.0),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "gated-linear": Layer(gated_linear, directions=(True,), knows_positions=True, has_any_mask=False),
+    "gated-linear-plain": Layer(
+        partial(gated_linear, layer=2, num_layers=4, decay="paper", is_gated=False),
+        directions=(True,),
         knows_positions=True,
         has_any_mask=False,
     ),
