@@ -187,15 +187,18 @@ class _Piece:
     def cut(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """A copy of the piece of ``[batch, heads, time, dim]``, as ``[batch, heads, blocks, block, dim]``."""
         part = x[:, :, self.tokens]
-        return part.new_empty(part.shape, dtype=dtype).copy_(part).unflatten(2, (self.blocks, -1))
+        copy = part.new_empty(part.shape, dtype=dtype).copy_(part)
+        return copy.view(*part.shape[:2], self.blocks, -1, part.shape[3])
 
     def states(self, first: Tensor, added: Tensor) -> Tensor:
         """The states before each block and after the last, from the first and what the blocks add."""
-        return (self.across @ torch.cat([first[:, :, None], added], 2).flatten(3)).unflatten(3, added.shape[3:])
+        all_states = self.across @ torch.cat([first[:, :, None], added], 2).flatten(3)
+        return all_states.view(*all_states.shape[:3], *added.shape[3:])
 
     def ends(self, last: Tensor, added: Tensor) -> Tensor:
         """What reaches the last token before the piece and that of each block, backwards."""
-        return (self.across.mT @ torch.cat([added, last[:, :, None]], 2).flatten(3)).unflatten(3, added.shape[3:])
+        all_ends = self.across.mT @ torch.cat([added, last[:, :, None]], 2).flatten(3)
+        return all_ends.view(*all_ends.shape[:3], *added.shape[3:])
 
 
 def _steps(time: int, block: int) -> Iterator[tuple[int, int, int]]:
@@ -322,8 +325,8 @@ def _tiled_forward(
     output = empty_like_heads(value, value.shape[3])
     with without_autocast(query.device):
         inside, rise, fall, over = _tile_decays(slopes, block)
-        keys, values = key.split(block, 2), value.split(block, 2)
-        for row, q in enumerate(query.split(block, 2)):
+        keys, values = torch.split(key, block, 2), torch.split(value, block, 2)
+        for row, q in enumerate(torch.split(query, block, 2)):
             tokens = q.shape[2]
             total = (q @ keys[row].mT * inside[:, :tokens, :tokens]) @ values[row]
             q = q * rise[:, :tokens]
@@ -348,7 +351,7 @@ def _tiled_backward(
     grads = [empty_like_heads(x, x.shape[3]).zero_() for x in (query, key, value)]
     with without_autocast(query.device):
         inside, rise, fall, over = _tile_decays(slopes, block)
-        tiles = list(zip(*(x.split(block, 2) for x in (query, key, value, grad, *grads)), strict=True))
+        tiles = list(zip(*(torch.split(x, block, 2) for x in (query, key, value, grad, *grads)), strict=True))
         for row, (q, k, v, g, grad_q, grad_k, grad_v) in enumerate(tiles):
             tokens = q.shape[2]
             within = inside[:, :tokens, :tokens]

@@ -46,7 +46,7 @@ class FittedAttention(nn.Module):
     ) -> tuple[Float[Tensor, "batch time width"], None]:
         """Attend, under the conventions of Transformers."""
         cache = past_key_values if cache is None else cache
-        own = None if cache is None else _own_cache(cache, self.layer_idx, self.attention)
+        own = None if cache is None else own_cache(cache, self.layer_idx, self.attention)
         return self.attention(hidden_states, attention_mask, own), None
 
 
@@ -98,7 +98,7 @@ def _register() -> None:
     register_attention(FITTED, refuse, mask=padding_mask)
 
 
-def _own_cache(cache: Any, layer_idx: int, attention: Attention) -> Cache:
+def own_cache(cache: Any, layer_idx: int, attention: Attention) -> Cache:
     """The layer's own cache, kept in the place of its keys and values in a cache of Transformers."""
     try:
         from transformers.cache_utils import DynamicLayer

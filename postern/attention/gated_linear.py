@@ -110,9 +110,9 @@ class GatedLinearAttention(nn.Module):
             self.slopes = decay_slopes(self.num_heads, self.layer, self.num_layers, self.decay, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedLinearAttention:
-        applied = super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_slopes()  # a model in 16 bits has slopes in 32
-        return applied
+        return self
 
     def new_cache(self) -> GatedLinearState:
         """Return an empty cache."""
