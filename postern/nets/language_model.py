@@ -2,7 +2,7 @@
 
 Learned positions, layers that normalise before attention and before the feed-forward block, a last normalisation, and
 an output layer that shares the embedding's weights (arXiv 2205.01068). Its attention can be any layer that follows
-`postern.attention.Attention`.
+`postern.attention.Attention`; its feed-forward blocks, norms and positions can be others as well, e.g. Llama's.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from postern.attention.self_attention import SelfAttention
 from postern.nets.evaluation import evaluating
 
 AttentionBuilder = Callable[[int], nn.Module]
+WidthBuilder = Callable[[int], nn.Module]
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -32,7 +33,7 @@ class LanguageModelCache:
 
 
 class LanguageModelLayer(nn.Module):
-    """``x + attention(norm(x))``, then ``x + W_2 activation(W_1 norm(x))``.
+    """``x + attention(norm(x))``, then ``x + W_2 activation(W_1 norm(x))`` or ``x + feedforward(norm(x))``.
 
     Args:
         attention: follows `postern.attention.Attention`.
@@ -40,6 +41,8 @@ class LanguageModelLayer(nn.Module):
         feedforward_dim: hidden width of the feed-forward block.
         activation: of the feed-forward block.
         dropout: share of each block's outputs that are zeroed in training.
+        feedforward: makes another feed-forward block, of the width that it is given.
+        norm: makes the norms, of the width that it is given.
     """
 
     def __init__(
@@ -49,13 +52,17 @@ class LanguageModelLayer(nn.Module):
         feedforward_dim: int,
         activation: Callable[[Tensor], Tensor],
         dropout: float,
+        feedforward: WidthBuilder | None = None,
+        norm: WidthBuilder = nn.LayerNorm,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = norm(width)
         self.attention = attention
-        self.feedforward_norm = nn.LayerNorm(width)
-        self.expand = nn.Linear(width, feedforward_dim)
-        self.contract = nn.Linear(feedforward_dim, width)
+        self.feedforward_norm = norm(width)
+        self.feedforward = None if feedforward is None else feedforward(width)
+        if self.feedforward is None:
+            self.expand = nn.Linear(width, feedforward_dim)
+            self.contract = nn.Linear(feedforward_dim, width)
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
 
@@ -64,8 +71,12 @@ class LanguageModelLayer(nn.Module):
     ) -> Float[Tensor, "batch time width"]:
         """Return the tokens after both blocks."""
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache))
-        hidden = self.activation(self.expand(self.feedforward_norm(x)))
-        output: Tensor = x + self.dropout(self.contract(hidden))
+        hidden = self.feedforward_norm(x)
+        if self.feedforward is None:
+            hidden = self.contract(self.activation(self.expand(hidden)))
+        else:
+            hidden = self.feedforward(hidden)
+        output: Tensor = x + self.dropout(hidden)
         return output
 
 
@@ -85,6 +96,11 @@ class LanguageModel(nn.Module):
         dropout: share of the embeddings and of each block's outputs that are zeroed in training.
         initial_std: standard deviation of the initial embeddings and linear weights; biases start at 0. Other
             parameters of the attention layers keep their own start.
+        has_position_embedding: whether a learned vector of its position is added to each token; false where the
+            attention knows positions.
+        feedforward: makes the feed-forward blocks, of the width that it is given; ``feedforward_dim`` and
+            ``activation`` are then those of none.
+        norm: makes the norms, of the width that it is given.
 
     Raises:
         ValueError: a size below 1, a standard deviation that is not positive, or an attention layer of another width
@@ -104,6 +120,9 @@ class LanguageModel(nn.Module):
         activation: Callable[[Tensor], Tensor] = F.relu,
         dropout: float = 0.0,
         initial_std: float = 0.02,
+        has_position_embedding: bool = True,
+        feedforward: WidthBuilder | None = None,
+        norm: WidthBuilder = nn.LayerNorm,
     ) -> None:
         super().__init__()
         feedforward_dim = 4 * width if feedforward_dim is None else feedforward_dim
@@ -119,7 +138,7 @@ class LanguageModel(nn.Module):
         self.context = context
         self.initial_std = initial_std
         self.embedding = nn.Embedding(num_tokens, width)
-        self.position = nn.Embedding(context, width)
+        self.position = nn.Embedding(context, width) if has_position_embedding else None
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList()
         for index in range(num_layers):
@@ -129,8 +148,10 @@ class LanguageModel(nn.Module):
                     f"the attention of layer {index} must be causal and of width {width}, got {type(layer).__name__} "
                     f"with width={getattr(layer, 'width', None)}, is_causal={getattr(layer, 'is_causal', None)}"
                 )
-            self.layers.append(LanguageModelLayer(layer, width, feedforward_dim, activation, dropout))
-        self.norm = nn.LayerNorm(width)
+            self.layers.append(
+                LanguageModelLayer(layer, width, feedforward_dim, activation, dropout, feedforward, norm)
+            )
+        self.norm = norm(width)
         self.head = nn.Linear(width, num_tokens, bias=False)
         self.head.weight = self.embedding.weight
         self.apply(self._initialise)
@@ -163,7 +184,9 @@ class LanguageModel(nn.Module):
         stop = start + tokens.shape[1]
         if stop > self.context:
             raise ValueError(f"the context has room for {self.context} tokens, got {stop}")
-        hidden = self.embedding(tokens) + self.position.weight[start:stop]
+        hidden = self.embedding(tokens)
+        if self.position is not None:
+            hidden = hidden + self.position.weight[start:stop]
         hidden = self.dropout(hidden)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, mask, None if cache is None else cache.layers[index])

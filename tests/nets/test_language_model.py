@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from postern.attention import ClippedSoftmaxAttention, PerHeadGatedAttention, SelfAttention
+from postern.attention import SGLU, ClippedSoftmaxAttention, PerHeadGatedAttention, SelfAttention
 from postern.nets import (
     LanguageModel,
     consecutive_windows,
@@ -31,6 +31,40 @@ ATTENTIONS = {
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def test_with_other_blocks_it_equals_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        rms_norm_eps=1e-5,
+    )
+    llama = transformers.LlamaForCausalLM(config).eval()
+    model = LanguageModel(
+        **SMALL,
+        attention=lambda _: SelfAttention(16, 2, is_causal=True, bias=False, rotary_base=10_000.0),
+        feedforward=lambda width: SGLU(width, 20, activation=F.silu),
+        norm=partial(nn.RMSNorm, eps=1e-5),
+        has_position_embedding=False,
+    )
+    with torch.no_grad():
+        model.embedding.weight.copy_(llama.model.embed_tokens.weight)
+        model.norm.weight.copy_(llama.model.norm.weight)
+        for ours, theirs in zip(model.layers, llama.model.layers, strict=True):
+            ours.attention_norm.weight.copy_(theirs.input_layernorm.weight)
+            ours.feedforward_norm.weight.copy_(theirs.post_attention_layernorm.weight)
+            for one, other in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "o_proj")):
+                getattr(ours.attention, one).weight.copy_(getattr(theirs.self_attn, other).weight)
+            ours.feedforward.expand.weight.copy_(torch.cat([theirs.mlp.up_proj.weight, theirs.mlp.gate_proj.weight]))
+            ours.feedforward.contract.weight.copy_(theirs.mlp.down_proj.weight)
+    tokens = torch.randint(30, (2, 12))
+    torch.testing.assert_close(model(tokens), llama(tokens).logits)
 
 
 def test_equals_opt():
