@@ -89,8 +89,9 @@ PAPER = Paper(
         "Bigram-Backcopy and the fit under uniform attention are not in the paper.",
         "Long contexts, mixtures of experts and continued training are left out.",
     ),
-    example="""import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+    example="""from importlib.util import find_spec
+
+import torch
 
 from postern.attention import GatedAttention, SinkProbe, add_attention_gates
 from postern.nets import LanguageModel
@@ -105,13 +106,16 @@ with SinkProbe(model) as probe:
 print(f"the first token gets {probe.first_token_attention:.3f} of the attention, gates are {probe.gate_mean:.2f} open")
 
 # The same in a model of Transformers, before it is trained.
-llama = LlamaForCausalLM(
-    LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-)
-gates = add_attention_gates(llama, granularity="head")
-with SinkProbe(llama) as probe:
-    llama(tokens)
-print(f"{len(gates)} layers gated; largest activation {probe.max_activation:.2f}")
+if find_spec("transformers"):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    )
+    gates = add_attention_gates(llama, granularity="head")
+    with SinkProbe(llama) as probe:
+        llama(tokens)
+    print(f"{len(gates)} layers gated; largest activation {probe.max_activation:.2f}")
 """,
 )
 
@@ -490,8 +494,8 @@ class Sinks:
     note=(
         f"{_SMALL_MODELS} Attention to the first token is a mean over layers, heads and queries from the ninth on; "
         "uniform attention would give it 0.04 here. At a rate of 0.01 such a model grows no sink in 1500 steps (0.006, "
-        "on a seed that does not count). So the rate is 0.03, at which softmax suffers; and even there a sink emerged on "
-        "one of two such seeds only (0.14 and 0.03), so that there may be nothing to judge."
+        "on a seed that does not count). So the rate is 0.03, at which softmax suffers; and even there a sink emerged "
+        "on one of two such seeds only (0.14 and 0.03), so that there may be nothing to judge."
     ),
 )
 def gates_remove_sinks(config: Sinks, run: Run) -> Metrics:
