@@ -2,7 +2,7 @@
 
 from postern.attention.add_gates import add_attention_gates, add_gates, add_per_head_gates
 from postern.attention.clipped_softmax import ClippedSoftmaxAttention
-from postern.attention.decay import decay_slopes
+from postern.attention.decay import DecayKind, decay_slopes
 from postern.attention.entropy import attention_entropy, entropy_by_norm, norm_entropy_correlation
 from postern.attention.feature_maps import FEATURE_MAPS, Features, relu_features
 from postern.attention.fit import FittedAttention, fit_attention
@@ -17,7 +17,7 @@ from postern.attention.hugging_face import (
     register_linear_attention,
     register_split_decoding,
 )
-from postern.attention.lightning import lightning_attention
+from postern.attention.lightning import LightningForm, lightning_attention
 from postern.attention.linear import (
     LinearAttention,
     LinearState,
@@ -51,6 +51,7 @@ __all__ = [
     "AttentionGate",
     "Cache",
     "ClippedSoftmaxAttention",
+    "DecayKind",
     "Features",
     "FittedAttention",
     "FlatLinear",
@@ -63,6 +64,7 @@ __all__ = [
     "HeadNonlinearity",
     "KeyValueCache",
     "LayerSinks",
+    "LightningForm",
     "LinearAttention",
     "LinearState",
     "NormAwareLinearAttention",
