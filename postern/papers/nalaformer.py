@@ -353,7 +353,7 @@ class Pixels:
 
     arms: tuple[str, ...]
     epochs: int
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3)
+    learning_rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
     images: int | None = None
     test: float = 0.4
     validation: float = 0.15
@@ -484,7 +484,7 @@ class Recall:
 
     steps: int
     arms: tuple[str, ...] = ("softmax", "elu", "relu", "norm-aware", "fixed-exponent")
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     pairs: int = 8
     length: int = 32
     vocabulary: int = 64
@@ -536,7 +536,7 @@ def _recall_batch(config: Recall, count: int, generator: torch.Generator) -> Bat
     seeds=3,
     note=(
         "32 tokens: 8 hold a key and a value each, of 64, and 24 ask for one of these keys. Two heads of 16 features; "
-        "the best of two learning rates for each arm. Signs double the number of norm-aware features, which is part of "
+        "the best of three learning rates for each arm. Signs double the number of norm-aware features, which is part of "
         "the gain. With key and value in separate tokens, which would need a second layer, so short a training teaches "
         "nothing."
     ),
