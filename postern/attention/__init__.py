@@ -32,6 +32,7 @@ from postern.attention.norm_aware import (
     norm_aware_query_features,
     norm_exponent,
 )
+from postern.attention.normalized import NormalizedAttention, normalized_attention
 from postern.attention.per_head_gate import PerHeadGate, PerHeadGatedAttention
 from postern.attention.protocol import Attention, Cache
 from postern.attention.rotary import grid_angles, rotary_angles, rotate
@@ -68,6 +69,7 @@ __all__ = [
     "LinearAttention",
     "LinearState",
     "NormAwareLinearAttention",
+    "NormalizedAttention",
     "PerHeadGate",
     "PerHeadGatedAttention",
     "SelfAttention",
@@ -100,6 +102,7 @@ __all__ = [
     "norm_aware_query_features",
     "norm_entropy_correlation",
     "norm_exponent",
+    "normalized_attention",
     "pack_weight",
     "register_attention",
     "register_clipped_softmax",

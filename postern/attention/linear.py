@@ -27,7 +27,7 @@ class LinearState:
 
     Attributes:
         memory: ``sum_s k_s v_s^T``, ``[batch, heads, key_dim, value_dim]``.
-        total: ``sum_s k_s``, ``[batch, heads, key_dim]``.
+        total: ``sum_s k_s``, ``[batch, heads, key_dim]``, where the weights are normalised by their sum.
         count: number of keys that may be attended to, ``[batch]``.
         length: number of tokens.
     """
@@ -157,8 +157,9 @@ class LinearAttention(nn.Module):
     Args:
         width: features of a token; a multiple of ``num_heads``.
         num_heads: number of heads.
-        query_features: positive features of the queries, ``[..., head_dim] -> [..., features]``.
+        query_features: positive features of the queries, ``[..., key_dim] -> [..., features]``.
         key_features: of the keys; by default those of the queries.
+        key_dim: size of a query or key before its features, by head; by default that of a value.
         num_kv_heads: number of heads of keys and values, which query heads in a row share; by default all have theirs.
         is_causal: whether a token sees itself and earlier ones only.
         bias: whether the four projections have one.
@@ -177,6 +178,7 @@ class LinearAttention(nn.Module):
         *,
         query_features: FeatureMap = elu_features,
         key_features: FeatureMap | None = None,
+        key_dim: int | None = None,
         num_kv_heads: int | None = None,
         is_causal: bool = False,
         bias: bool = True,
@@ -187,15 +189,19 @@ class LinearAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(width, num_heads, num_kv_heads)
         head_dim = width // num_heads
+        key_dim = head_dim if key_dim is None else key_dim
+        if key_dim < 1:
+            raise ValueError(f"key_dim must be at least 1, got {key_dim}")
         self.width = width
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
         self.is_causal = is_causal
         self.rotary_base = rotary_base
         self.eps = eps
         self.query_features = query_features
         self.key_features = query_features if key_features is None else key_features
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
+        self.query = nn.Linear(width, num_heads * key_dim, bias=bias)
+        self.key = nn.Linear(width, num_kv_heads * key_dim, bias=bias)
         self.value = nn.Linear(width, num_kv_heads * head_dim, bias=bias)
         self.output = nn.Linear(width, width, bias=bias)
 
@@ -206,9 +212,9 @@ class LinearAttention(nn.Module):
     def project(
         self, x: Float[Tensor, "batch time width"]
     ) -> tuple[
-        Float[Tensor, "batch heads time head_dim"],
-        Float[Tensor, "batch kv_heads time head_dim"],
-        Float[Tensor, "batch kv_heads time head_dim"],
+        Float[Tensor, "batch heads time key_dim"],
+        Float[Tensor, "batch kv_heads time key_dim"],
+        Float[Tensor, "batch kv_heads time value_dim"],
     ]:
         """Return queries, keys and values of the tokens by head, before their features.
 
@@ -217,8 +223,12 @@ class LinearAttention(nn.Module):
         """
         check_input(x, self.width)
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.width // self.num_heads)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
+            projection(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for projection, heads in (
+                (self.query, self.num_heads),
+                (self.key, self.num_kv_heads),
+                (self.value, self.num_kv_heads),
+            )
         )
         return query, key, value
 

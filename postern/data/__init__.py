@@ -2,6 +2,7 @@
 
 from postern.data._catalogue import DataSet, catalogue
 from postern.data.algorithmic import AlgorithmicSplit, modular_arithmetic, sparse_parity
+from postern.data.associative_recall import PairedRecall, Recall, multi_query_recall, paired_recall
 from postern.data.backcopy import BigramBackcopy
 from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
@@ -29,6 +30,8 @@ __all__ = [
     "MultiLabelText",
     "ObviousLabels",
     "ObviousQueries",
+    "PairedRecall",
+    "Recall",
     "ReversedDigits",
     "Scenes",
     "SpelledNumbers",
@@ -45,6 +48,8 @@ __all__ = [
     "load_own_splits",
     "locate",
     "modular_arithmetic",
+    "multi_query_recall",
+    "paired_recall",
     "read_xmc_folder",
     "see_also",
     "simulated_detections",

@@ -14,12 +14,14 @@ from postern.attention import (
     GatedLinearAttention,
     HeadNonlinearity,
     LinearAttention,
+    NormalizedAttention,
     NormAwareLinearAttention,
     PerHeadGatedAttention,
     SelfAttention,
     SplitDecodingAttention,
     UnifiedMax,
 )
+from postern.dynamics import QLSTM, S6Mixer, SSDMixer
 from postern.softmax import softmax_off_by_one
 
 WIDTH, HEADS, TIME = 24, 3, 7
@@ -119,6 +121,32 @@ LAYERS = {
     "gated-linear": Layer(gated_linear, directions=(True,), knows_positions=True, has_any_mask=False),
     "gated-linear-plain": Layer(
         partial(gated_linear, layer=2, num_layers=4, decay="paper", is_gated=False),
+        directions=(True,),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "linear-wide-keys": Layer(partial(LinearAttention, WIDTH, 6, num_kv_heads=2, key_dim=7), has_any_mask=False),
+    "normalized": Layer(partial(NormalizedAttention, WIDTH, HEADS), has_any_mask=False),
+    "normalized-softplus": Layer(
+        partial(NormalizedAttention, WIDTH, HEADS, key_dim=5, normaliser="softplus", bias=False), has_any_mask=False
+    ),
+    "s6": Layer(partial(S6Mixer, WIDTH, 4), directions=(True,), knows_positions=True, has_any_mask=False),
+    "s6-alone": Layer(
+        partial(S6Mixer, WIDTH, 4, conv_width=None, is_gated=False, bias=True),
+        directions=(True,),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "ssd": Layer(partial(SSDMixer, WIDTH, HEADS, 8), directions=(True,), knows_positions=True, has_any_mask=False),
+    "ssd-alone": Layer(
+        partial(SSDMixer, WIDTH, HEADS, 8, conv_width=None, is_gated=False, bias=True),
+        directions=(True,),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "qlstm": Layer(partial(QLSTM, WIDTH), directions=(True,), knows_positions=True, has_any_mask=False),
+    "qlstm-sigmoid": Layer(
+        partial(QLSTM, WIDTH, conv_width=None, has_reversed_gate=False),
         directions=(True,),
         knows_positions=True,
         has_any_mask=False,
