@@ -146,7 +146,7 @@ class S6Mixer(nn.Module):
         shown = shown_tokens(x, self.width, mask, cache)
         u = mask_tokens(self.input(x), shown)
         if self.conv is not None:
-            u = F.silu(self.conv(u, cache))
+            u = mask_tokens(F.silu(self.conv(u, cache)), shown)
         step, rate, key, query = self.coefficients(u)
         heads, state = selective_scan(
             u, mask_tokens(step, shown), rate, key, query, self.skip, None if cache is None else cache.state

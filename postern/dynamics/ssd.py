@@ -171,7 +171,7 @@ class SSDMixer(nn.Module):
         shown = shown_tokens(x, self.width, mask, cache)
         inner = mask_tokens(self.input(x), shown)
         if self.conv is not None:
-            inner = F.silu(self.conv(inner, cache))
+            inner = mask_tokens(F.silu(self.conv(inner, cache)), shown)
         u, key, query = inner.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
         u = u.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         step = mask_tokens(self.steps(x), shown).transpose(1, 2)
