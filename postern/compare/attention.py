@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from postern.attention import (
     ClippedSoftmaxAttention,
     LinearAttention,
+    NormalizedAttention,
     NormAwareLinearAttention,
     PerHeadGatedAttention,
     SelfAttention,
@@ -25,6 +26,7 @@ from postern.compare.memory import TensorMemory
 from postern.compare.problems import Problem, Rows, Words
 from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
 from postern.compare.transformer import Transformer
+from postern.dynamics import QLSTM, S6Mixer, SSDMixer
 from postern.nets import LanguageModel, VectorTransformer
 from postern.quantize import OutlierStatistics
 
@@ -62,6 +64,10 @@ ENTRIES: Mapping[str, Entry] = {
     "per-head-gate": Entry(partial(PerHeadGatedAttention, WIDTH, HEADS, kind="all")),
     "linear": Entry(partial(LinearAttention, WIDTH, HEADS)),
     "norm-aware": Entry(partial(NormAwareLinearAttention, WIDTH, HEADS)),
+    "normalized": Entry(partial(NormalizedAttention, WIDTH, HEADS)),
+    "s6": Entry(partial(S6Mixer, WIDTH, inner_dim=2 * WIDTH), is_causal_only=True),
+    "ssd": Entry(partial(SSDMixer, WIDTH, HEADS, inner_dim=2 * WIDTH), is_causal_only=True),
+    "qlstm": Entry(partial(QLSTM, WIDTH), is_causal_only=True),
 }
 MEMBERS = (
     Member("softmax", "softmax attention on torch's fused kernel", "postern.attention.SelfAttention"),
@@ -87,6 +93,20 @@ MEMBERS = (
         "sums of features whose exponent is the query's norm, a norm and a gate",
         "postern.attention.NormAwareLinearAttention",
         "nalaformer",
+    ),
+    Member(
+        "normalized",
+        "sums of signed keys, divided by an exponential of the token",
+        "postern.attention.NormalizedAttention",
+        "dynamical-systems-framework",
+    ),
+    Member("s6", "Mamba's block of 16 states a channel", "postern.dynamics.S6Mixer", "dynamical-systems-framework"),
+    Member("ssd", "Mamba-2's block of 64 states a channel", "postern.dynamics.SSDMixer", "dynamical-systems-framework"),
+    Member(
+        "qlstm",
+        "a recurrence whose gates do not see its state, with S6's gate",
+        "postern.dynamics.QLSTM",
+        "dynamical-systems-framework",
     ),
 )
 

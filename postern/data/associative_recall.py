@@ -2,7 +2,8 @@
 
 In `multi_query_recall` keys and values are tokens of one sequence, so that a model must first join each value to the
 key before it ("Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv 2312.04927; the gaps as in
-its code). In `paired_recall` a token holds a key and its value together, which leaves recall alone: one layer can do it.
+its code). In `paired_recall` a token holds a key and its value together, which leaves recall alone, a task for one
+layer.
 """
 
 from __future__ import annotations

@@ -84,6 +84,7 @@ def couple(
         raise ValueError(f"steps, rate and time are positive, got {first_step}, {rate} and {time}")
     eta = [1 / start.cpu()]
     for _ in range(time - 1):
-        eta.append(rate / torch.as_tensor(lambertw((rate / eta[-1]).numpy()).real))
+        w = lambertw((rate / eta[-1]).numpy()).real  # type: ignore[call-overload]
+        eta.append(rate / torch.as_tensor(w))
     normaliser = torch.stack(eta, dim=-1).to(start.device)
     return normaliser, 1 / normaliser

@@ -26,7 +26,7 @@ def reversed_sigmoid(logits: Float[Tensor, "*shape"], exponent: Tensor | float =
         logits: ``x``.
         exponent: ``alpha``, at least 0; S6's rate.
     """
-    return torch.exp(-exponent * F.softplus(logits))
+    return torch.exp(exponent * F.logsigmoid(-logits))  # F.softplus drops what is below 1e-9 of its result
 
 
 class QLSTM(nn.Module):

@@ -52,7 +52,7 @@ def selective_scan(
         decay = torch.exp(-step.unsqueeze(-1) * rate)
         inputs = (step * x).unsqueeze(-1) * key.unsqueeze(2)
         before = None if state is None else state.to(dtype).flatten(1)
-        states = diagonal_scan(decay.flatten(2), inputs.flatten(2), before, method=method).unflatten(2, rate.shape)
+        states = diagonal_scan(decay.flatten(2), inputs.flatten(2), before, method=method).reshape(inputs.shape)
         output = torch.einsum("btcn,btn->btc", states, query)
         if skip is not None:
             output = output + skip.to(dtype) * x

@@ -42,7 +42,7 @@ def diagonal_scan(
     if method not in (None, "sequential", "associative"):
         raise ValueError(f"method is 'sequential', 'associative' or None, got {method!r}")
     try:
-        shape = torch.broadcast_shapes(decay.shape, inputs.shape)
+        shape = torch.broadcast_shapes(decay.shape, inputs.shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         shape = torch.Size()
     if len(shape) < 2 or shape[-2] < 1:
@@ -59,7 +59,7 @@ def diagonal_scan(
         inputs = torch.cat([first, inputs[..., 1:, :]], dim=-2)
     if method is None:
         method = "sequential" if inputs.device.type == "cpu" else "associative"
-    scanned: Tensor = _Scan.apply(decay, inputs, method == "associative")
+    scanned: Tensor = _Scan.apply(decay, inputs, method == "associative")  # type: ignore[no-untyped-call]
     return scanned
 
 
@@ -77,7 +77,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         decay, states = ctx.saved_tensors
         following = torch.cat([decay[..., 1:, :], torch.zeros_like(decay[..., :1, :])], dim=-2)
-        carried: Tensor = _Scan.apply(following.flip(-2), grads[0].flip(-2), ctx.is_associative).flip(-2)
+        backwards: Tensor = _Scan.apply(following.flip(-2), grads[0].flip(-2), ctx.is_associative)  # type: ignore[no-untyped-call]
+        carried = backwards.flip(-2)
         before = torch.cat([torch.zeros_like(states[..., :1, :]), states[..., :-1, :]], dim=-2)
         return carried * before, carried, None
 

@@ -20,18 +20,8 @@ from postern.precision import without_autocast
 
 
 def decaying_attention(
-    query: Float[
-        Tensor,
-        (
-            batch  # heads time key_dim
-        ),
-    ],
-    key: Float[
-        Tensor,
-        (
-            batch  # heads time key_dim
-        ),
-    ],
+    query: Float[Tensor, "batch shared_heads time key_dim"],
+    key: Float[Tensor, "batch shared_heads time key_dim"],
     value: Float[Tensor, "batch heads time value_dim"],
     log_decay: Float[Tensor, "batch heads time"],
     state: Float[Tensor, "batch heads key_dim value_dim"] | None = None,
@@ -86,7 +76,7 @@ def decaying_attention(
 
 def _blocks(x: Tensor, block: int) -> Tensor:
     """``[batch, heads, blocks, block, dim]``, filled up with zeros."""
-    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    return F.pad(x, (0, 0, 0, -x.shape[2] % block)).reshape(*x.shape[:2], -1, block, x.shape[3])
 
 
 class SSDMixer(nn.Module):
@@ -172,8 +162,8 @@ class SSDMixer(nn.Module):
         inner = mask_tokens(self.input(x), shown)
         if self.conv is not None:
             inner = mask_tokens(F.silu(self.conv(inner, cache)), shown)
-        u, key, query = inner.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
-        u = u.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        u, key, query = torch.split(inner, [self.inner_dim, self.state_dim, self.state_dim], dim=-1)
+        u = u.reshape(*u.shape[:2], self.num_heads, -1).transpose(1, 2)
         step = mask_tokens(self.steps(x), shown).transpose(1, 2)
         heads, state = decaying_attention(
             query.unsqueeze(1),

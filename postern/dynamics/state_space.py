@@ -47,14 +47,10 @@ class LinearTimeVarying:
     offset: Float[Tensor, "*batch time out"] | None = None
 
     def __post_init__(self) -> None:
-        shape = self.A.shape
-        if (
-            self.A.dim() < 2
-            or self.B.shape[:-1] != shape
-            or self.C.shape != (*shape[:-1], *self.C.shape[-2:-1], shape[-1])
-        ):
+        shape, read = self.A.shape, self.C.shape
+        if len(shape) < 2 or self.B.shape[:-1] != shape or (*read[:-2], read[-1]) != shape:
             raise ValueError(
-                f"A, B and C have the shapes [..., time, state], [..., time, state, width] and [..., time, out, state], "
+                "A, B and C have the shapes [..., time, state], [..., time, state, width] and [..., time, out, state], "
                 f"got {list(shape)}, {list(self.B.shape)} and {list(self.C.shape)}"
             )
         expected = (*shape[:-1], self.out, self.width)
@@ -135,7 +131,8 @@ class LinearTimeVarying:
         """
         phi = self.unroll()
         if value is None:
-            return phi.flatten(-2).norm(dim=-1)
+            norms: Tensor = torch.linalg.vector_norm(phi, dim=(-2, -1))
+            return norms
         if value.shape != phi.shape[-2:]:
             raise ValueError(f"the values' matrix has the shape {list(phi.shape[-2:])}, got {list(value.shape)}")
         weights = (phi * value).sum((-1, -2)) / value.square().sum()

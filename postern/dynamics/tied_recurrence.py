@@ -46,7 +46,7 @@ class TiedRecurrence:
 
     def system(self) -> LinearTimeVarying:
         """Return the common form; state ``c * expansion + n`` is feature n of channel c."""
-        out, width = self.value.shape
+        out = self.value.shape[0]
         *batch, expansion = self.key.shape
         scaled_key, scaled_query = self.key * self.input_scale[..., None], self.query * self.output_scale[..., None]
         A = self.transition.unsqueeze(-1).expand(*batch, out * expansion)
@@ -175,9 +175,7 @@ def tie(
         ValueError: there is none; the message tells the distance.
     """
     out, expansion = system.out, system.num_states // max(system.out, 1)
-    if (system.D is not None and system.D.abs().max() > 0) or (
-        system.offset is not None and system.offset.abs().max() > 0
-    ):
+    if any(term is not None and term.abs().max() > 0 for term in (system.D, system.offset)):
         raise ValueError("inputs that reach the output without the state have no place in a tied recurrence")
     if system.num_states != out * expansion:
         raise ValueError(f"{system.num_states} states cannot be shared evenly by {out} channels")
@@ -185,7 +183,7 @@ def tie(
     _require(
         relative_distance(transition.unsqueeze(-1), system.A), tolerance, "the states of a token share no transition"
     )
-    C = system.C.unflatten(-1, (out, expansion))
+    C = system.C.reshape(*system.C.shape[:-1], out, expansion)
     query = C.diagonal(dim1=-3, dim2=-2).mean(-1)
     identity = torch.eye(out, dtype=C.dtype, device=C.device)
     _require(
@@ -193,7 +191,9 @@ def tie(
         tolerance,
         "the channels are not read by the same query",
     )
-    B = system.B.unflatten(-2, (out, expansion)).transpose(-3, -2)  # [..., time, expansion, out, width]
+    B = system.B.reshape(*system.A.shape[:-1], out, expansion, system.width).transpose(
+        -3, -2
+    )  # [..., time, expansion, out, width]
     pairs = B.reshape(-1, out * system.width)
     if value is None:
         if key is not None:
@@ -272,8 +272,8 @@ def to_ssd(
     Args:
         recurrence: with transitions between 0 and 1 after the first token.
         keeps_keys: whether the keys stay as they are. Then the steps are the input scales, and one rate must give all
-            transitions: ``a_i = exp(-b_i rate)``. Else the steps are ``-log(a_i) / rate`` and the keys take up the rest;
-            it exists for all transitions below 1.
+            transitions: ``a_i = exp(-b_i rate)``. Else the steps are ``-log(a_i) / rate``, and the keys take up the
+            rest.
         rate: where keys do not stay.
         tolerance: largest accepted error of the transitions.
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import Literal, Protocol, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.attention import LinearAttention, NormalizedAttention, SelfAttention, attend
+from postern.attention.normalized import NormaliserKind
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Run
 from postern.data import multi_query_recall, paired_recall
 from postern.dynamics import (
@@ -98,12 +100,12 @@ PAPER = Paper(
         "The common form has a term for what biases of values and outputs add.",
         "The way back from the common form, with its conditions and residuals, the solution of the coupling equations "
         "by Lambert's W and the error bounds of truncated softmax are ours.",
-        "The scan is plain PyTorch, sequential or associative; the paper's code needs CUDA kernels for S6 and qLSTM.",
-        "The normaliser's weights start at a standard deviation of 0.02 and its bias at 0; the paper's code starts them "
-        "as any linear layer's.",
+        "The scan is plain PyTorch, sequential or associative; the paper's code needs kernels for CUDA.",
+        "The normaliser's weights start at a standard deviation of 0.02 and its bias at 0; in the paper's code they "
+        "start as any linear layer's.",
         "SSD has no normalisation behind its gate, which Mamba-2 has.",
-        "At small scale tokens that hold a key and a value together stand in for multi-query associative recall, as one "
-        "layer can learn them in seconds; task and thresholds were chosen with pilot runs in view.",
+        "At small scale tokens that hold a key and a value together stand in for multi-query associative recall, as "
+        "one layer can learn them in seconds; task and thresholds were chosen with pilot runs in view.",
     ),
     example="""import torch
 
@@ -163,7 +165,7 @@ def _random_layers(config: Layers) -> dict[str, nn.Module]:
     for layer in layers.values():
         layer.double()
         for name, parameter in layer.named_parameters():
-            if parameter.dim() == 2 and name != "log_rate" or name == "step.bias":
+            if name == "step.bias" or (parameter.dim() == 2 and name != "log_rate"):
                 nn.init.normal_(parameter, std=0.5)
     return layers
 
@@ -182,17 +184,19 @@ def _by_definition(layer: nn.Module, x: Tensor, order: int) -> Tensor:
             state = forget[:, t] * state + enter[:, t].sigmoid() * z[:, t]
             outputs.append(leave[:, t].sigmoid() * state)
         return F.linear(torch.stack(outputs, dim=1) * F.gelu(F.linear(x, layer.gate.weight)), layer.output.weight)
-    assert isinstance(layer, S6Mixer | SSDMixer) and layer.gate is not None
+    assert isinstance(layer, S6Mixer | SSDMixer)
+    assert layer.gate is not None
     inner = F.linear(x, layer.input.weight)
+    rate: Tensor
+    skip: Tensor
     if isinstance(layer, S6Mixer):
         u = inner
-        low, key, query = F.linear(u, layer.project.weight).split(
-            [layer.step_rank, layer.state_dim, layer.state_dim], dim=-1
-        )
+        low_key_query = F.linear(u, layer.project.weight)
+        low, key, query = torch.split(low_key_query, [layer.step_rank, layer.state_dim, layer.state_dim], dim=-1)
         step = F.softplus(F.linear(low, layer.step.weight, layer.step.bias))
         rate, skip = layer.log_rate.exp(), layer.skip
     else:
-        u, key, query = inner.split([layer.inner_dim, layer.state_dim, layer.state_dim], dim=-1)
+        u, key, query = torch.split(inner, [layer.inner_dim, layer.state_dim, layer.state_dim], dim=-1)
         size = layer.inner_dim // layer.num_heads
         step = F.softplus(F.linear(x, layer.step.weight, layer.step.bias)).repeat_interleave(size, dim=-1)
         rate = layer.log_rate.exp().repeat_interleave(size).unsqueeze(-1)
@@ -361,7 +365,8 @@ def truncated_softmax_needs_a_larger_state(config: Truncation, run: Run) -> Metr
 
     def output(weights: Tensor) -> Tensor:
         weights = weights * earlier
-        return weights @ value / weights.sum(-1, keepdim=True)
+        mixed: Tensor = weights @ value / weights.sum(-1, keepdim=True)
+        return mixed
 
     errors: dict[tuple[float, int], float] = {}
     excess = -math.inf
@@ -390,9 +395,9 @@ def truncated_softmax_needs_a_larger_state(config: Truncation, run: Run) -> Metr
     )
     largest = [errors[config.magnitudes[-1], order] for order in config.orders]
     return {
-        "largest_growth": max(after / before for before, after in zip(largest, largest[1:], strict=False)),
+        "largest_growth": max(after / before for before, after in pairwise(largest)),
         "largest_excess": max(excess, -1.0),
-        "smallest_state_growth": min(after / before for before, after in zip(states, states[1:], strict=False)),
+        "smallest_state_growth": min(after / before for before, after in pairwise(states)),
         **{f"error_order_{order}": error for order, error in zip(config.orders, largest, strict=True)},
         **{
             f"features_logit_{magnitude:g}": float(count)
@@ -434,7 +439,7 @@ def _mixer(arm: Arm, width: int, expansion: int) -> nn.Module:
         return SSDMixer(width, 1, expansion)
     if arm in ("qlstm", "qlstm_reversed"):
         return QLSTM(width, has_reversed_gate=arm == "qlstm_reversed")
-    return NormalizedAttention(width, 1, key_dim=expansion, normaliser=arm, is_causal=True)
+    return NormalizedAttention(width, 1, key_dim=expansion, normaliser=cast(NormaliserKind, arm), is_causal=True)
 
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
@@ -460,9 +465,11 @@ class Paired:
     width: int = 64
 
     def network(self, arm: Arm, expansion: int) -> nn.Module:
+        """An untrained network around a mixer."""
         return _PairedNetwork(self, _mixer(arm, self.width, expansion))
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Keys and values, and targets with -100 where nothing is asked."""
         drawn = paired_recall(
             count, self.pairs, num_keys=self.num_keys, num_values=self.num_values, generator=generator
         )
@@ -498,10 +505,12 @@ class MultiQuery:
     dropout: float = 0.1
 
     def network(self, arm: Arm, expansion: int) -> nn.Module:
+        """An untrained network of mixers."""
         has_positions = arm not in ("s6", "ssd")
         return _MultiQueryNetwork(self, [_mixer(arm, self.width, expansion) for _ in range(self.layers)], has_positions)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Tokens, and targets with -100 where nothing is asked."""
         drawn = multi_query_recall(count, self.length, self.pairs, num_tokens=self.num_tokens, generator=generator)
         return (drawn.inputs,), drawn.target
 
@@ -551,7 +560,7 @@ def _accuracy(network: nn.Module, batch: Batch, device: torch.device, at_once: i
     inputs, target = batch
     right, count = 0, 0
     with torch.no_grad(), evaluating(network):
-        for *parts, wanted in zip(*(tensor.split(at_once) for tensor in (*inputs, target)), strict=True):
+        for *parts, wanted in zip(*(torch.split(tensor, at_once) for tensor in (*inputs, target)), strict=True):
             asked = wanted >= 0
             answers = network(*(part.to(device) for part in parts), asked.to(device)).argmax(-1).cpu()
             right += int((answers == wanted[asked]).sum())
@@ -660,7 +669,7 @@ def linear_attention_needs_a_larger_state(config: Expansions, run: Run) -> Metri
         figure,
         f"Accuracy by features of a key. Linear attention: {told}; softmax: {softmax:.3f} with {config.expansions[0]}.",
     )
-    gains = [after - before for before, after in zip(accuracies, accuracies[1:], strict=False)]
+    gains = [after - before for before, after in pairwise(accuracies)]
     return {
         "smallest_gain": min(gains),
         "linear_smallest": accuracies[0],
@@ -738,8 +747,9 @@ def normalised_attention_beats_linear(config: Arms, run: Run) -> Metrics:
     scales=_arms((4, 8)),
     seeds=3,
     note=(
-        "Normalised attention differs from linear attention in its normaliser and in the signs of queries and keys; the "
-        f"baseline has the signs and a denominator of 1. Accuracies are means over 4 and 8 features. {_PAIRED_NOTE}"
+        "Normalised attention differs from linear attention in its normaliser and in the signs of queries and keys; "
+        "the baseline has the signs and a denominator of 1. Accuracies are means over 4 and 8 features. "
+        f"{_PAIRED_NOTE}"
     ),
 )
 def the_normaliser_helps(config: Arms, run: Run) -> Metrics:

@@ -75,5 +75,5 @@ def test_rejects_bad_input():
         taylor_softmax_features(drawn(2, 3), -1)
     with pytest.raises(ValueError, match="order 20 of 64 dimensions has"):
         taylor_softmax_features(drawn(2, 64), 20)
-    with pytest.raises(ValueError, match="got -1 and 0.1"):
+    with pytest.raises(ValueError, match=r"got -1 and 0\.1"):
         required_taylor_order(-1, 0.1)
