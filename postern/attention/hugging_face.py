@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -202,6 +202,27 @@ def register_attention(name: str, forward: ModelAttention, mask: Callable[..., T
         )
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, eager_mask if mask is None else mask)
+
+
+def padding_mask(
+    attention_mask: Tensor | None = None, q_length: int = 0, kv_length: int = 0, q_offset: int = 0, **_: Any
+) -> Bool[Tensor, "batch keys"] | None:
+    """Make the mask of attention that knows the causal order itself; for `register_attention`.
+
+    Returns:
+        True where a token may be attended to, or None where nothing is padded.
+
+    Raises:
+        ValueError: a cache that is longer than the tokens in it.
+    """
+    if int(q_offset) + q_length != kv_length:
+        raise ValueError(
+            f"this attention needs a cache that grows with its tokens, such as DynamicCache; got one of {kv_length} "
+            f"for {int(q_offset) + q_length} tokens"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask[:, -kv_length:].bool()
 
 
 def clipped_softmax_forward(

@@ -9,8 +9,9 @@ A layer is called as ``layer(x, mask=None, cache=None)`` and gives ``[batch, tim
 - ``cache`` is what the layer's ``new_cache()`` gave. It is changed in place: the layer adds what later tokens need of
   ``x``. Fed token by token, or chunk by chunk, a causal layer gives what it gives for the whole sequence.
 
-Layers whose cost grows with the time alone keep sums over the tokens instead of the tokens. They take masks
-``[batch, keys]``; one that differs by query or head is refused.
+Layers whose cost grows with the time alone keep sums over the tokens instead of the tokens, and layers that choose
+blocks of tokens let the blocks begin with the first real one. They take masks ``[batch, keys]``; one that differs by
+query or head is refused.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def check_padding(mask: Tensor | None, batch: int, num_keys: int) -> None:
     """
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, num_keys)):
         raise ValueError(
-            f"this attention keeps sums over the keys, so that its mask is boolean and [{batch}, {num_keys}], true "
-            f"where a key may be attended to by all; got {mask.dtype} {list(mask.shape)}"
+            f"this attention treats keys alike for all queries, so that its mask is boolean and [{batch}, {num_keys}], "
+            f"true where a key may be attended to; got {mask.dtype} {list(mask.shape)}"
         )
 
 

@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 def rotary_angles(
-    num_positions: int, dim: int, *, start: float = 0, step: float = 1, base: float = 10_000.0, device: object = None
+    num_positions: int,
+    dim: int,
+    *,
+    start: float = 0,
+    step: float = 1,
+    base: float = 10_000.0,
+    frequencies: Float[Tensor, " half"] | None = None,
+    device: object = None,
 ) -> Float[Tensor, "time half"]:
     """``position * base^(-2j / dim)`` for ``j = 0 .. dim/2 - 1``, in float32.
 
@@ -22,15 +29,20 @@ def rotary_angles(
         start: the first position.
         step: distance of one position to the next.
         base: the slowest rotation is about ``base`` times slower than the fastest.
+        frequencies: what each pair of features rotates by from one position to the next, instead of those of the base.
         device: where to make them.
 
     Raises:
-        ValueError: an odd number of features, or a base that is not positive.
+        ValueError: an odd number of features, a base that is not positive, or frequencies for another number of
+            features.
     """
+    if frequencies is not None and frequencies.shape != (dim // 2,):
+        raise ValueError(f"{dim} features rotate in {dim // 2} pairs, got frequencies {list(frequencies.shape)}")
     if dim % 2 or dim < 2 or not base > 0:
         raise ValueError(f"rotation needs an even number of features and a positive base, got {dim} and {base}")
     positions = start + step * torch.arange(num_positions, device=device, dtype=torch.float32)  # type: ignore[call-overload]
-    frequencies = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)  # type: ignore[call-overload]
+    if frequencies is None:
+        frequencies = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)  # type: ignore[call-overload]
     angles: Tensor = positions[:, None] * frequencies
     return angles
 

@@ -275,6 +275,40 @@ class SelfAttention(nn.Module):
         """Return an empty cache."""
         return KeyValueCache()
 
+    def heads(
+        self, x: Float[Tensor, "batch time width"]
+    ) -> tuple[
+        Float[Tensor, "batch heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
+        Float[Tensor, "batch kv_heads time head_dim"],
+    ]:
+        """Return queries, keys and values by head: gated and normalised where the layer does that, not rotated."""
+        query, key, value = (
+            self._gated(position, projection(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2), x)
+            for position, projection in (("query", self.query), ("key", self.key), ("value", self.value))
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
+
+    def place(
+        self,
+        query: Float[Tensor, "batch heads time head_dim"],
+        key: Float[Tensor, "batch kv_heads time head_dim"],
+        start: int = 0,
+    ) -> tuple[Float[Tensor, "batch heads time head_dim"], Float[Tensor, "batch kv_heads time head_dim"]]:
+        """Rotate queries and keys by their positions, where the layer does that.
+
+        Args:
+            query: from `heads`.
+            key: from `heads`.
+            start: position of the first token.
+        """
+        if self.rotary_base is None:
+            return query, key
+        angles = rotary_angles(query.shape[2], query.shape[3], start=start, base=self.rotary_base, device=query.device)
+        return rotate(query, angles), rotate(key, angles)
+
     def project(
         self, x: Float[Tensor, "batch time width"], start: int = 0
     ) -> tuple[
@@ -288,16 +322,8 @@ class SelfAttention(nn.Module):
             x: tokens.
             start: position of the first.
         """
-        query, key, value = (
-            self._gated(position, projection(x).reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2), x)
-            for position, projection in (("query", self.query), ("key", self.key), ("value", self.value))
-        )
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.rotary_base is not None:
-            angles = rotary_angles(x.shape[1], query.shape[-1], start=start, base=self.rotary_base, device=x.device)
-            query, key = rotate(query, angles), rotate(key, angles)
-        return query, key, value
+        query, key, value = self.heads(x)
+        return (*self.place(query, key, start), value)
 
     def weights(
         self, x: Float[Tensor, "batch time width"], mask: Bool[Tensor, "*mask"] | None = None

@@ -17,6 +17,7 @@ from postern.attention import (
     NormalizedAttention,
     NormAwareLinearAttention,
     PerHeadGatedAttention,
+    SeerAttention,
     SelfAttention,
     SplitDecodingAttention,
     UnifiedMax,
@@ -147,6 +148,12 @@ LAYERS = {
     "qlstm": Layer(partial(QLSTM, WIDTH), directions=(True,), knows_positions=True, has_any_mask=False),
     "qlstm-sigmoid": Layer(
         partial(QLSTM, WIDTH, conv_width=None, has_reversed_gate=False),
+        directions=(True,),
+        knows_positions=True,
+        has_any_mask=False,
+    ),
+    "seer": Layer(
+        partial(SeerAttention, WIDTH, 6, num_kv_heads=3, rotary_base=100.0, block=2, density=1.0),
         directions=(True,),
         knows_positions=True,
         has_any_mask=False,
