@@ -131,16 +131,6 @@ def linear_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def padding_mask(attention_mask: Tensor | None = None, kv_length: int = 0, **_: Any) -> Tensor | None:
-    """A mask ``[batch, keys]``, true where a key may be attended to, or None where nothing is padded.
-
-    To be registered with Transformers' ``AttentionMaskInterface``.
-    """
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask[:, -kv_length:].bool()
-
-
 def register_split_decoding(
     name: str = SPLIT_DECODING, *, unified: UnifiedMax | None = None, num_splits: int | None = None
 ) -> None:

@@ -13,6 +13,7 @@ from postern.data.obvious_labels import ObviousLabels, ObviousQueries
 from postern.data.own import load_own, load_own_splits
 from postern.data.scenes import Scenes, digit_scenes
 from postern.data.see_also import see_also
+from postern.data.segment_copy import segment_copies
 from postern.data.splitting import split_rows
 from postern.data.transduction import ReversedDigits, SpelledNumbers
 from postern.data.words import Vocabulary
@@ -52,6 +53,7 @@ __all__ = [
     "paired_recall",
     "read_xmc_folder",
     "see_also",
+    "segment_copies",
     "simulated_detections",
     "sparse_parity",
     "split_rows",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -95,12 +96,13 @@ class LanguageModel(nn.Module):
         activation: of the feed-forward blocks.
         dropout: share of the embeddings and of each block's outputs that are zeroed in training.
         initial_std: standard deviation of the initial embeddings and linear weights; biases start at 0. Other
-            parameters of the attention layers keep their own start.
+            parameters of the attention layers keep their own start. None for torch's own start of all.
         has_position_embedding: whether a learned vector of its position is added to each token; false where the
             attention knows positions.
         feedforward: makes the feed-forward blocks, of the width that it is given; ``feedforward_dim`` and
             ``activation`` are then those of none.
         norm: makes the norms, of the width that it is given.
+        shares_embedding: whether the output layer shares the embedding's weights.
 
     Raises:
         ValueError: a size below 1, a standard deviation that is not positive, or an attention layer of another width
@@ -119,10 +121,11 @@ class LanguageModel(nn.Module):
         feedforward_dim: int | None = None,
         activation: Callable[[Tensor], Tensor] = F.relu,
         dropout: float = 0.0,
-        initial_std: float = 0.02,
+        initial_std: float | None = 0.02,
         has_position_embedding: bool = True,
         feedforward: WidthBuilder | None = None,
         norm: WidthBuilder = nn.LayerNorm,
+        shares_embedding: bool = True,
     ) -> None:
         super().__init__()
         feedforward_dim = 4 * width if feedforward_dim is None else feedforward_dim
@@ -131,7 +134,7 @@ class LanguageModel(nn.Module):
                 f"sizes are positive, got num_tokens={num_tokens}, width={width}, num_layers={num_layers}, "
                 f"num_heads={num_heads}, context={context}, feedforward_dim={feedforward_dim}"
             )
-        if not initial_std > 0:
+        if initial_std is not None and not initial_std > 0:
             raise ValueError(f"initial_std must be positive, got {initial_std}")
         self.num_tokens = num_tokens
         self.width = width
@@ -153,12 +156,15 @@ class LanguageModel(nn.Module):
             )
         self.norm = norm(width)
         self.head = nn.Linear(width, num_tokens, bias=False)
-        self.head.weight = self.embedding.weight
-        self.apply(self._initialise)
+        if shares_embedding:
+            self.head.weight = self.embedding.weight
+        if initial_std is not None:
+            self.apply(partial(self._initialise, std=initial_std))
 
-    def _initialise(self, module: nn.Module) -> None:
+    @staticmethod
+    def _initialise(module: nn.Module, std: float) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.initial_std)
+            nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
