@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -182,7 +183,7 @@ def is_exact_where_it_should_be(config: Identities, run: Run) -> Metrics:
     num_blocks = -(-query.shape[2] // block)
     rest = (0, num_blocks * block - query.shape[2])
     whole = F.pad(attention_weights(query, key, is_causal=True), (*rest, *rest))
-    pooled = whole.unflatten(3, (num_blocks, block)).unflatten(2, (num_blocks, block)).amax((3, 5))
+    pooled = whole.view(*whole.shape[:2], num_blocks, block, num_blocks, block).amax((3, 5))
     target = pooled_attention_target(query, key, block, elements_at_once=1)
     with torch.no_grad():
         scores = gate(query, key)
@@ -191,8 +192,9 @@ def is_exact_where_it_should_be(config: Identities, run: Run) -> Metrics:
     kept = int((1 - 0.5**0.5) * num_blocks)
     expected = torch.arange(1, num_blocks + 1, device=device).clamp_max(kept)
 
-    model = LanguageModel(16, 32, 2, context=64, attention=lambda _: SeerAttention(32, 2, block=8, density=0.5))
-    model.to(device)
+    model = LanguageModel(
+        16, 32, 2, context=64, attention=lambda _: SeerAttention(32, 2, block=8, density=0.5), initial_std=None
+    ).to(device)
     with distilling(model):
         model(torch.randint(16, (2, 64), generator=generator).to(device))
         torch.autograd.backward([gate_loss(model)])
@@ -423,7 +425,7 @@ def _compare_scorers(config: Copying, run: Run) -> Metrics:
         streaming = scores["streaming", k].accuracy
         metrics[f"recovered_k{k}"] = (scores["gate", k].accuracy - streaming) / max(dense.accuracy - streaming, 1e-3)
     gate = [scores["gate", k].accuracy for k in sorted(config.budgets)]
-    metrics["least_gain_of_a_budget"] = min(after - before for before, after in zip(gate, gate[1:], strict=False))
+    metrics["least_gain_of_a_budget"] = min(after - before for before, after in pairwise(gate))
     return metrics
 
 
@@ -534,12 +536,8 @@ def thresholds_are_better_than_ranks(config: Copying, run: Run) -> Metrics:
         )
         by_threshold, by_rank = np.mean([score.accuracy for score in thresholds]), at_equal_density.mean()
         for rule, values, scores in (("rank", budgets, ranks), ("threshold", config.thresholds, thresholds)):
-            axes.plot(
-                [score.density for score in scores],
-                [score.accuracy for score in scores],
-                marker="o",
-                label=f"by {rule}",
-            )
+            shares, accuracies = zip(*((score.density, score.accuracy) for score in scores), strict=True)
+            axes.plot(shares, accuracies, marker="o", label=f"by {rule}")
             rows += [
                 {
                     "tokens": length,
@@ -566,7 +564,7 @@ def thresholds_are_better_than_ranks(config: Copying, run: Run) -> Metrics:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Random heads at some numbers of tokens, timed at some densities; ``judged`` are two of each."""
+    """Random heads at some numbers of tokens, timed at some densities."""
 
     tokens: tuple[int, ...]
     heads: int
@@ -577,7 +575,7 @@ class Prefill:
 
 
 def time_prefill(config: Prefill, tokens: int, density: float, run: Run) -> dict[str, float]:
-    """Milliseconds of dense attention, of the gate with the choice of blocks, and of sparse attention; and densities."""
+    """Milliseconds of dense attention, of gate and choice of blocks, and of sparse attention; and the density."""
     generator = run.generator(tokens)
     dtype = torch.float32 if run.device.type == "cpu" else torch.bfloat16
     shape = (1, config.heads, tokens, config.head_dim)
@@ -610,7 +608,8 @@ def time_prefill(config: Prefill, tokens: int, density: float, run: Run) -> dict
 
 
 def _time_all(config: Prefill, run: Run) -> Metrics:
-    rows, metrics = [], {}
+    rows = []
+    metrics: dict[str, float] = {}
     cases = [(tokens, density) for tokens in config.tokens for density in config.densities]
     for tokens, density in run.progress(cases, "timing"):
         found = time_prefill(config, tokens, density, run)
@@ -639,9 +638,9 @@ def _time_all(config: Prefill, run: Run) -> Metrics:
 
 _SPEED = (
     "Random queries, keys and values in heads of 64, blocks of 64, float32, equal threads; the gate with its choice of "
-    "blocks is included. The density asked for is the gate's setting: the two dense last rows come on top, so that 15 % "
-    "of the blocks are kept at 4,096 tokens and 11 % at 16,384. Times do not depend on the values, and hardly on where "
-    "the blocks are, as all are gathered."
+    "blocks is included. The density asked for is the gate's setting: the two dense last rows come on top, so that "
+    "15 % of the blocks are kept at 4,096 tokens and 11 % at 16,384. Times do not depend on the values, and hardly on "
+    "where the blocks are, as all are gathered."
 )
 
 
@@ -789,9 +788,8 @@ def costs_a_character_model_little(config: Characters, run: Run) -> Metrics:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for arm in ARMS:
-        axes.plot(
-            config.densities, [added[arm, density] for density in config.densities], marker="o", label=LABELS[arm]
-        )
+        curve = [added[arm, density] for density in config.densities]
+        axes.plot(config.densities, curve, marker="o", label=LABELS[arm])
     axes.set(xlabel="density asked for", ylabel="added loss, nats", xticks=config.densities)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     most = max(config.densities)
