@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +12,15 @@ from torch import Tensor, nn
 
 from postern.attention import (
     ClippedSoftmaxAttention,
+    GatedAttention,
+    GatedLinearAttention,
     LinearAttention,
     NormalizedAttention,
     NormAwareLinearAttention,
     PerHeadGatedAttention,
     SelfAttention,
+    SplitDecodingAttention,
+    first_token_share,
 )
 from postern.claims import Run
 from postern.claims.comparison import Member, Quantity, Setting
@@ -36,7 +39,6 @@ LENGTHS = (128, 512, 2048)  # at which decoding and memory are looked at
 ROTARY_BASE = 10_000.0
 _TIMED_TOKENS = 15
 _PROBED_WINDOWS = 8
-_FIRST_QUERIES = 8  # which have few tokens to choose from
 
 FIRST_TOKEN = Quantity("first_token_attention", "attention on the first token, %", scale=100.0)
 LARGEST = Quantity("largest_activation", "largest activation")
@@ -48,26 +50,37 @@ class Entry:
     """How a layer takes part.
 
     Attributes:
-        make: ``make(is_causal=...)``.
+        make: makes layer 0 or 1: ``make(layer, is_causal)``.
         is_causal_only: whether it has no bidirectional form.
     """
 
-    make: Callable[..., nn.Module]
+    make: Callable[[int, bool], nn.Module]
     is_causal_only: bool = False
 
 
+def _alike(build: Callable[..., nn.Module], **options: Any) -> Callable[[int, bool], nn.Module]:
+    """Make all layers in the same way."""
+    return lambda layer, is_causal: build(WIDTH, HEADS, is_causal=is_causal, **options)
+
+
 ENTRIES: Mapping[str, Entry] = {
-    "softmax": Entry(partial(SelfAttention, WIDTH, HEADS)),
-    "softmax-rotary": Entry(partial(SelfAttention, WIDTH, HEADS, rotary_base=ROTARY_BASE, has_qk_norm=True)),
-    "softmax-grouped": Entry(partial(SelfAttention, WIDTH, HEADS, num_kv_heads=1)),
-    "clipped": Entry(partial(ClippedSoftmaxAttention, WIDTH, HEADS, alpha=1.0, length=CONTEXT)),
-    "per-head-gate": Entry(partial(PerHeadGatedAttention, WIDTH, HEADS, kind="all")),
-    "linear": Entry(partial(LinearAttention, WIDTH, HEADS)),
-    "norm-aware": Entry(partial(NormAwareLinearAttention, WIDTH, HEADS)),
-    "normalized": Entry(partial(NormalizedAttention, WIDTH, HEADS)),
-    "s6": Entry(partial(S6Mixer, WIDTH, inner_dim=2 * WIDTH), is_causal_only=True),
-    "ssd": Entry(partial(SSDMixer, WIDTH, HEADS, inner_dim=2 * WIDTH), is_causal_only=True),
-    "qlstm": Entry(partial(QLSTM, WIDTH), is_causal_only=True),
+    "softmax": Entry(_alike(SelfAttention)),
+    "softmax-rotary": Entry(_alike(SelfAttention, rotary_base=ROTARY_BASE, has_qk_norm=True)),
+    "softmax-grouped": Entry(_alike(SelfAttention, num_kv_heads=1)),
+    "split-decoding": Entry(_alike(SplitDecodingAttention)),
+    "clipped": Entry(_alike(ClippedSoftmaxAttention, alpha=1.0, length=CONTEXT)),
+    "per-head-gate": Entry(_alike(PerHeadGatedAttention, kind="all")),
+    "gated": Entry(_alike(GatedAttention)),
+    "gated-by-head": Entry(_alike(GatedAttention, granularity="head")),
+    "linear": Entry(_alike(LinearAttention)),
+    "norm-aware": Entry(_alike(NormAwareLinearAttention)),
+    "normalized": Entry(_alike(NormalizedAttention)),
+    "transnormer": Entry(
+        lambda layer, is_causal: GatedLinearAttention(WIDTH, HEADS, layer=layer, num_layers=LAYERS), is_causal_only=True
+    ),
+    "s6": Entry(lambda layer, is_causal: S6Mixer(WIDTH, inner_dim=2 * WIDTH), is_causal_only=True),
+    "ssd": Entry(lambda layer, is_causal: SSDMixer(WIDTH, HEADS, inner_dim=2 * WIDTH), is_causal_only=True),
+    "qlstm": Entry(lambda layer, is_causal: QLSTM(WIDTH), is_causal_only=True),
 }
 MEMBERS = (
     Member("softmax", "softmax attention on torch's fused kernel", "postern.attention.SelfAttention"),
@@ -75,6 +88,12 @@ MEMBERS = (
         "softmax-rotary", "the same with rotated and normalised queries and keys", "postern.attention.SelfAttention"
     ),
     Member("softmax-grouped", "the same with one head of keys and values", "postern.attention.SelfAttention"),
+    Member(
+        "split-decoding",
+        "the same, its decoding split into chunks of keys",
+        "postern.attention.SplitDecodingAttention",
+        "flashdecoding-pp",
+    ),
     Member(
         "clipped",
         "its probabilities stretched and clipped",
@@ -87,6 +106,8 @@ MEMBERS = (
         "postern.attention.PerHeadGatedAttention",
         "quantizable-transformers",
     ),
+    Member("gated", "a gate a feature of each head", "postern.attention.GatedAttention", "gated-attention"),
+    Member("gated-by-head", "a gate a head, after the paper", "postern.attention.GatedAttention", "gated-attention"),
     Member("linear", "sums of elu features in the place of softmax", "postern.attention.LinearAttention"),
     Member(
         "norm-aware",
@@ -99,6 +120,12 @@ MEMBERS = (
         "sums of signed keys, divided by an exponential of the token",
         "postern.attention.NormalizedAttention",
         "dynamical-systems-framework",
+    ),
+    Member(
+        "transnormer",
+        "sums that fade with distance, a norm and a gate",
+        "postern.attention.GatedLinearAttention",
+        "transnormer",
     ),
     Member("s6", "Mamba's block of 16 states a channel", "postern.dynamics.S6Mixer", "dynamical-systems-framework"),
     Member("ssd", "Mamba-2's block of 64 states a channel", "postern.dynamics.SSDMixer", "dynamical-systems-framework"),
@@ -117,11 +144,11 @@ def network(name: str, problem: Problem, context: int | None = None) -> nn.Modul
     if isinstance(problem, Words):
         length = problem.context if context is None else context
         return LanguageModel(
-            problem.num_classes, WIDTH, LAYERS, HEADS, length, attention=lambda _: make(is_causal=True)
+            problem.num_classes, WIDTH, LAYERS, HEADS, length, attention=lambda layer: make(layer, True)
         )
     tokens, features = problem.shape
     return VectorTransformer(
-        features, tokens, problem.num_classes, WIDTH, LAYERS, HEADS, attention=lambda _: make(is_causal=False)
+        features, tokens, problem.num_classes, WIDTH, LAYERS, HEADS, attention=lambda layer: make(layer, False)
     )
 
 
@@ -143,10 +170,7 @@ def unsuited(problem: Problem) -> dict[str, str]:
 
 @torch.no_grad()
 def examine(learner: Learner, problem: Problem) -> dict[str, float]:
-    """Outliers of the layers' outputs, and how much of the attention lies on the first token where it has weights.
-
-    The first queries, which have few tokens to choose from, do not count.
-    """
+    """Outliers of the layers' outputs, and how much of the attention lies on the first token where it has weights."""
     model: Any = learner.network
     device = next(learner.parameters()).device
     inputs = problem.batches("test")[0][0][:_PROBED_WINDOWS].to(device)
@@ -163,7 +187,7 @@ def examine(learner: Learner, problem: Problem) -> dict[str, float]:
         hook.remove()
     found = {"largest_activation": outliers.max_infinity_norm, "kurtosis": outliers.mean_kurtosis}
     if isinstance(problem, Words) and all(hasattr(layer, "weights") for layer in seen):
-        shares = [layer.weights(x)[..., _FIRST_QUERIES:, 0].mean() for layer, x in seen.items()]
+        shares = [first_token_share(layer.weights(x)) for layer, x in seen.items()]
         found["first_token_attention"] = float(torch.stack(shares).mean())
     return found
 
@@ -214,7 +238,7 @@ def _layer_memory(name: str, length: int, run: Run) -> int:
     """Bytes of a layer's forward and backward pass at their height, parameters included."""
     memory = TensorMemory()
     with memory:
-        layer: Any = ENTRIES[name].make(is_causal=True).to(run.device)
+        layer: Any = ENTRIES[name].make(0, True).to(run.device)
         x = torch.randn(1, length, WIDTH, device=run.device, requires_grad=True)
         torch.autograd.backward([layer(x).square().mean()])
     return memory.peak
@@ -223,7 +247,7 @@ def _layer_memory(name: str, length: int, run: Run) -> int:
 @torch.no_grad()
 def _cache_memory(name: str, length: int, run: Run) -> int:
     """Bytes of what a layer keeps of so many tokens."""
-    layer: Any = ENTRIES[name].make(is_causal=True).to(run.device).eval()
+    layer: Any = ENTRIES[name].make(0, True).to(run.device).eval()
     cache = layer.new_cache()
     layer(torch.randn(1, length, WIDTH, device=run.device), cache=cache)
     return sum(value.nbytes for value in vars(cache).values() if isinstance(value, Tensor))
