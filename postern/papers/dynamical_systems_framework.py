@@ -791,18 +791,21 @@ def the_exponential_is_the_best_normaliser(config: Arms, run: Run) -> Metrics:
 
 
 @PAPER.claim(
-    "On multi-query associative recall, a qLSTM with S6's forget gate is at least 2 points better than one with a "
-    "sigmoid.",
+    "On recall, a qLSTM with S6's forget gate is at least 2 points better than one with a sigmoid.",
     reported="MQAR with 4, 8 and 16 pairs: better, most on the longer tasks (curves)",
     holds_when=Difference("accuracy_qlstm_reversed", "accuracy_qlstm", at_least=0.02),
     scales={
         "smoke": Arms(MultiQuery(16, 2, 32, width=16), Training(5, 16, (1e-2,), validation=64, test=64), (1,)),
-        "small": Arms(MultiQuery(64, 4, 32), Training(700, 32, (3e-3, 1e-2), 0.1, validation=512, test=1024), (1,)),
+        "small": Arms(Paired(8, 16, 16), Training(600), (1,)),
         "full": Arms(MultiQuery(256, 16, width=512), replace(_PAPER_TRAINING, batch_size=64, steps=100_000), (1,)),
     },
     seeds=3,
-    note="",
+    note=(
+        "The paper's shortest task, 4 pairs in 64 tokens, is beyond this scale: after 500 to 1,000 steps pilot runs with "
+        "either gate had got no further than to guess among the four values, even with 15 keys. Eight pairs of 16 keys "
+        "and 16 values, a token a pair, stand in; each layer has one state a channel."
+    ),
 )
-def s6s_gate_helps_the_qlstm(config: Arms, run: Run) -> Metrics:
+def the_gate_of_s6_helps_the_qlstm(config: Arms, run: Run) -> Metrics:
     """Train qLSTMs with either forget gate."""
     return _compare(config, ("qlstm", "qlstm_reversed"), run)
