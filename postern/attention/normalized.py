@@ -159,7 +159,7 @@ class NormalizedAttention(nn.Module):
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        logits = x[..., : self.num_heads] if self.normalise is None else self.normalise(x)
+        logits = x.new_zeros(*x.shape[:2], self.num_heads) if self.normalise is None else self.normalise(x)
         with without_autocast(x.device):
             normaliser = normaliser_of(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.normaliser)
         return query, key, value, normaliser.transpose(1, 2)

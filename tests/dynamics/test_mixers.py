@@ -113,7 +113,7 @@ def test_the_convolution_is_torchs_and_goes_on_from_its_cache():
     pieces = [module(piece, cache) for piece in x.split([1, 2, 5, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), expected)
     assert ShortConvolution(5, 1).double()(x, RecurrentState()).shape == x.shape
-    check_module(lambda: ShortConvolution(3), torch.randn(2, 6, 3))
+    check_module(lambda: ShortConvolution(3), torch.randn(2, 6, 3), compile=False)  # the mixers compile it
     with pytest.raises(ValueError, match="at least 1, got 5 and 0"):
         ShortConvolution(5, 0)
 
