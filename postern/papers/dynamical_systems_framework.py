@@ -789,6 +789,22 @@ def the_exponential_is_the_best_normaliser(config: Arms, run: Run) -> Metrics:
     return _compare(config, ("exp", "softplus", "sigmoid"), run)
 
 
+@PAPER.claim(
+    "On recall, S6 and SSD are at most 5 points worse than softmax attention with keys of the same size.",
+    reported="MQAR with 64 pairs, n = 128: S6 and SSD near softmax (curves)",
+    holds_when=AllOf(
+        Difference("accuracy_s6", "accuracy_softmax", at_least=-0.05),
+        Difference("accuracy_ssd", "accuracy_softmax", at_least=-0.05),
+    ),
+    scales=_arms((16,)),
+    seeds=3,
+    note=f"S6 and SSD are Mamba's blocks, with convolution and gate, as in the paper's code. {_PAIRED_NOTE}",
+)
+def state_space_models_come_near_softmax(config: Arms, run: Run) -> Metrics:
+    """Train softmax attention, S6 and SSD."""
+    return _compare(config, ("softmax", "s6", "ssd"), run)
+
+
 # The gate of a recurrent network -------------------------------------------------------------------------------------
 
 
