@@ -112,7 +112,8 @@ def _order_within_blocks(like: Tensor, blocks: Tensor, block: int) -> Tensor:
 
     The filled-up keys of a ragged last block are later than its queries.
     """
-    order = like.new_zeros(block, int(blocks.sum(-1).max()) * block if blocks.numel() else 0)
+    most = max(1, int(blocks.sum(-1).max())) if blocks.numel() else 1
+    order = like.new_zeros(block, most * block)
     later = torch.ones(block, block, dtype=torch.bool, device=like.device).triu(1)
     order[:, order.shape[1] - block :].masked_fill_(later, -torch.inf)
     return order

@@ -248,3 +248,20 @@ def test_the_loss_of_windows_is_the_mean_over_tokens():
 def test_rejects_what_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_positions_and_the_shared_embedding_can_be_left_out():
+    def rotary(_):
+        return SelfAttention(16, 2, is_causal=True, rotary_base=100.0)
+
+    model = LanguageModel(**SMALL, attention=rotary, has_position_embedding=False, initial_std=None)
+    assert model.position is None
+    assert model.head.weight is model.embedding.weight
+    tokens = torch.randint(0, 30, (2, 12))
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[:, :5] = False
+    torch.testing.assert_close(model(tokens, padding)[:, 5:], model(tokens[:, 5:]), atol=1e-5, rtol=1e-4)
+    apart = LanguageModel(**SMALL, shares_embedding=False, initial_std=None)
+    assert apart.head.weight is not apart.embedding.weight
+    assert 0.8 < apart.embedding.weight.std() < 1.2
+    assert apart.head.weight.abs().max() <= 16**-0.5
