@@ -45,3 +45,11 @@ def test_agrees_with_llama():
 def test_rejects_what_cannot_be(dim, base):
     with pytest.raises(ValueError, match=f"got {dim} and {base}"):
         rotary_angles(5, dim, base=base)
+
+
+def test_frequencies_can_be_given():
+    frequencies = torch.tensor([1.0, 0.3, 0.01])
+    angles = rotary_angles(4, 6, start=2, step=5, frequencies=frequencies)
+    torch.testing.assert_close(angles, torch.tensor([2.0, 7.0, 12.0, 17.0])[:, None] * frequencies)
+    with pytest.raises(ValueError, match=r"8 features rotate in 4 pairs, got frequencies \[3\]"):
+        rotary_angles(4, 8, frequencies=frequencies)
