@@ -93,12 +93,14 @@ PAPER = Paper(
         "fewer blocks. Two dense last rows come on top, so that short prompts are denser than asked for.",
         "All layers must be sparse at once in an evaluation; one layer with dense ones below flatters every method.",
         "In padded batches blocks must begin with each sequence's first token.",
+        "A row's own block is kept whatever its score, for safety. At two or three blocks a row that is dear: set "
+        "keeps_diagonal=False, as in the paper's code, for trained gates.",
     ),
     differences=(
         "The divergence is summed over blocks and averaged over rows, in nats; the paper's code averages over all "
         "elements, later blocks included, and multiplies by 10. `gate_distillation_loss` has both.",
-        "A row keeps its own block whatever its score, unless told otherwise; by rank it counts among the k. The "
-        "paper's code keeps it where the gate says so.",
+        "A row keeps its own block, unless told otherwise, and by rank it counts among the k. The paper's code keeps it "
+        "where the gate says so.",
         "Instead of a kernel that emits the pooled map on the way, a few rows of blocks of the map are made at a time, "
         "so that training attends twice. The sparse kernels are PyTorch's: gathered blocks through the fused kernel on "
         "the CPU, FlexAttention on a GPU.",
@@ -341,12 +343,20 @@ class _CopyingModel:
         return self.model.head(self.model.features(tokens)[:, half - 1 : -1]), tokens[:, half:]
 
     @torch.no_grad()
-    def score(self, length: int, scorer: BlockScorer | None = None, **rule: float | int | None) -> _Score:
+    def score(
+        self,
+        length: int,
+        scorer: BlockScorer | None = None,
+        *,
+        keeps_diagonal: bool | None = None,
+        **rule: float | int | None,
+    ) -> _Score:
         """Judge with all layers sparse by one rule, or all dense without one."""
+        keeps_diagonal = self.config.keeps_diagonal if keeps_diagonal is None else keeps_diagonal
         for layer in self.layers:
             layer.is_sparse, layer.scorer, layer.keeps_blocks = bool(rule), scorer, True
             if rule:
-                layer.set_rule(**rule, keeps_diagonal=self.config.keeps_diagonal)  # type: ignore[arg-type]
+                layer.set_rule(**rule, keeps_diagonal=keeps_diagonal)  # type: ignore[arg-type]
         generator = self.run.generator(2)
         correct = loss = density = 0.0
         done = 0
@@ -373,6 +383,11 @@ def _compare_scorers(config: Copying, run: Run) -> Metrics:
         for k in run.progress(config.budgets, "budgets")
         for arm, scorer in ARMS.items()
     }
+    if not config.keeps_diagonal:  # a choice without training may do better with its own block in the budget
+        for (arm, k), score in scores.items():
+            if arm in HEURISTICS:
+                forced = trained.score(length, ARMS[arm], keeps_diagonal=True, top_k=k)
+                scores[arm, k] = min(score, forced, key=lambda score: score.loss)
     run.table(
         "second half of the sequences",
         [
@@ -477,7 +492,10 @@ def beats_heuristics_beside_the_own_block(config: Copying, run: Run) -> Metrics:
         "small": Copying((128,), 1500, 500, 256, keeps_diagonal=False),
     },
     seeds=3,
-    note=f"{_COPYING} Each row keeps the two blocks with the highest scores, its own or not.",
+    note=(
+        f"{_COPYING} Each row keeps the blocks with the highest scores, its own or not; a training-free choice has its "
+        "own block among them where that lowers its loss."
+    ),
 )
 def beats_heuristics_by_rank_alone(config: Copying, run: Run) -> Metrics:
     return _compare_scorers(config, run)
@@ -492,11 +510,14 @@ def beats_heuristics_by_rank_alone(config: Copying, run: Run) -> Metrics:
         Difference("loss_heuristic_k4", "loss_gate_k4", at_least=0.0),
     ),
     scales={
-        "smoke": Copying((32, 64), 30, 10, 16, width=32),
-        "small": Copying((128, 256), 1500, 500, 128, budgets=(2, 3, 4, 8)),
+        "smoke": Copying((32, 64), 30, 10, 16, width=32, keeps_diagonal=False),
+        "small": Copying((128, 256), 1500, 500, 128, budgets=(2, 3, 4, 8), keeps_diagonal=False),
     },
     seeds=3,
-    note=f"{_COPYING} The model has seen sequences of 128 and of 256 tokens by turns, the gates of 128 alone.",
+    note=(
+        f"{_COPYING} The model has seen sequences of 128 and of 256 tokens by turns, the gates of 128 alone. Own blocks "
+        "are as in the claim before."
+    ),
 )
 def serves_twice_the_length(config: Copying, run: Run) -> Metrics:
     return _compare_scorers(config, run)
@@ -508,8 +529,10 @@ def serves_twice_the_length(config: Copying, run: Run) -> Metrics:
     reported="Thresholds adapt to head and input (no comparison was available to us).",
     holds_when=Difference("accuracy_threshold", "accuracy_rank", at_least=0.0),
     scales={
-        "smoke": Copying((32, 64), 30, 10, 16, width=32, budgets=(1, 2, 4, 8)),
-        "small": Copying((128, 256), 1500, 500, 128, budgets=(1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32)),
+        "smoke": Copying((32, 64), 30, 10, 16, width=32, budgets=(1, 2, 4, 8), keeps_diagonal=False),
+        "small": Copying(
+            (128, 256), 1500, 500, 128, budgets=(1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32), keeps_diagonal=False
+        ),
     },
     seeds=3,
     note=(
