@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import subprocess
 import time
 import timeit
@@ -37,6 +38,8 @@ def best_times(
 ) -> dict[str, float]:
     """Best seconds of each statement, as a user writes it; they take turns for ``seconds``, at least ``rounds`` times.
 
+    In each round the turns come in another order, as each statement finds the caches as the one before has left them.
+
     Args:
         statements: code by name.
         seconds: how long to go on, in all.
@@ -49,9 +52,9 @@ def best_times(
     # Statements of microseconds are timed several at once.
     at_once = max(1, int(2e-4 * len(calls) / sum(call.timeit(1) for call in calls.values())))
     best = dict.fromkeys(calls, float("inf"))
-    end, done = time.perf_counter() + seconds, 0
+    end, done, orders = time.perf_counter() + seconds, 0, random.Random(0)
     while done < rounds or time.perf_counter() < end:
-        for key, call in calls.items():
+        for key, call in orders.sample(list(calls.items()), len(calls)):
             best[key] = min(best[key], call.timeit(at_once) / at_once)
         done += 1
     return best

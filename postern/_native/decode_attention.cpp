@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <vector>
@@ -39,7 +40,7 @@ struct Layout {
 };
 
 struct Limits {
-    double phi, low, high;                    // of logits; infinite where they are not looked at
+    double phi, low, high;               // of logits; infinite where they are not looked at
     double least_total, greatest_total;  // of the denominator
 };
 
@@ -100,8 +101,7 @@ struct Decoding {
         };
         const std::size_t place = at(unit, split, group);
         const Partial partial{&numerators[place * dim()], &denominators[place], &origins[place], &leaves[place]};
-        if (scheme == Scheme::unified) kernels.attend_unified(chunk, range, partial);
-        else kernels.attend_synchronised(chunk, partial);
+        (scheme == Scheme::unified ? kernels.attend_unified : kernels.attend_synchronised)(chunk, range, partial);
     }
 
     float* row(std::size_t unit, std::size_t group) const { return out + (unit * groups() + group) * dim(); }
@@ -118,12 +118,25 @@ struct Decoding {
             for (std::size_t d = 0; d < dim(); ++d) sum[d] += numerators[place * dim() + d];
         }
         if (!(total >= limits.least_total && total <= limits.greatest_total)) return false;
-        bool is_finite = true;
+        scale_row(sum, 1 / total);
+        return is_finite(sum);
+    }
+
+    void scale_row(float* sum, double factor) const {
+        const float narrow = static_cast<float>(factor);
+        for (std::size_t d = 0; d < dim(); ++d) sum[d] *= narrow;
+    }
+
+    // By the bits, which the compiler sees through: the exponent of infinities and NaN is all ones.
+    bool is_finite(const float* sum) const {
+        constexpr std::uint32_t exponent = 0x7F800000;
+        std::uint32_t found = 0;
         for (std::size_t d = 0; d < dim(); ++d) {
-            is_finite = is_finite && std::isfinite(sum[d]);
-            sum[d] = static_cast<float>(sum[d] / total);
+            std::uint32_t bits;
+            std::memcpy(&bits, sum + d, sizeof bits);
+            found |= (bits & exponent) == exponent;
         }
-        return is_finite;
+        return !found;
     }
 
     // Whether any key had weight; a row that may attend to nothing is 0.
@@ -138,11 +151,11 @@ struct Decoding {
             const std::size_t place = at(unit, split, group);
             const double factor = std::exp(static_cast<double>(origins[place]) - greatest);
             total += factor * denominators[place];
-            for (std::size_t d = 0; d < dim(); ++d)
-                sum[d] += static_cast<float>(factor) * numerators[place * dim() + d];
+            const float narrow = static_cast<float>(factor);
+            for (std::size_t d = 0; d < dim(); ++d) sum[d] += narrow * numerators[place * dim() + d];
         }
         if (total == 0) return false;
-        for (std::size_t d = 0; d < dim(); ++d) sum[d] = static_cast<float>(sum[d] / total);
+        scale_row(sum, 1 / total);
         return true;
     }
 

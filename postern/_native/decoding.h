@@ -35,7 +35,7 @@ struct Range {
 };
 
 struct DecodingKernels {
-    void (*attend_synchronised)(const KeyChunk& chunk, const Partial& partial);
+    void (*attend_synchronised)(const KeyChunk& chunk, const Range& range, const Partial& partial);
     void (*attend_unified)(const KeyChunk& chunk, const Range& range, const Partial& partial);
     // out [rows, panel] = x [inner, rows]^T * weights [inner, panel]
     void (*multiply_panel)(const float* x, const void* weights, float* out, std::size_t rows, std::size_t inner);

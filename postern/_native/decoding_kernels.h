@@ -139,30 +139,6 @@ inline void clear(const KeyChunk& chunk, const Partial& partial) {
     }
 }
 
-template <class V, class T>
-void attend_synchronised(const KeyChunk& chunk, const Partial& partial) {
-    clear(chunk, partial);
-    float logits[key_block];
-    for (std::size_t first = 0; first < chunk.keys; first += key_block) {
-        const std::size_t count = smaller(key_block, chunk.keys - first);
-        for (std::size_t group = 0; group < chunk.groups; ++group) {
-            float* numerator = partial.numerator + group * chunk.value_dim;
-            block_logits<V, T>(chunk, group, first, count, logits);
-            const float before = partial.origin[group];
-            const float greatest = greatest_of<V>(logits);
-            if (greatest > before) {
-                partial.origin[group] = greatest;
-                float factor[V::width];
-                bounded_difference_exponential(V::set(before), V::set(greatest)).store(factor);
-                partial.denominator[group] *= factor[0];
-                for (std::size_t d = 0; d < chunk.value_dim; ++d) numerator[d] *= factor[0];
-            }
-            partial.denominator[group] += exponentials<V>(logits, partial.origin[group]);
-            add_block<V, T>(chunk, group, first, count, logits, numerator);
-        }
-    }
-}
-
 // Minus infinity stands for a masked key, which is not tested.
 inline bool leaves_range(const float* logits, std::size_t count, const Range& range) {
     int leaves = 0;
@@ -173,21 +149,39 @@ inline bool leaves_range(const float* logits, std::size_t count, const Range& ra
     return leaves != 0;
 }
 
-template <class V, class T>
-void attend_unified(const KeyChunk& chunk, const Range& range, const Partial& partial) {
+// Both forms, so that they differ in what is written here and in nothing that a compiler decides.
+template <class V, class T, bool is_unified>
+void attend(const KeyChunk& chunk, const Range& range, const Partial& partial) {
     clear(chunk, partial);
     float logits[key_block];
     for (std::size_t first = 0; first < chunk.keys; first += key_block) {
         const std::size_t count = smaller(key_block, chunk.keys - first);
         for (std::size_t group = 0; group < chunk.groups; ++group) {
-            if (partial.leaves[group]) continue;
-            block_logits<V, T>(chunk, group, first, count, logits);
-            if (range.is_checked && leaves_range(logits, count, range)) {
-                partial.leaves[group] = 1;
-                continue;
+            float* numerator = partial.numerator + group * chunk.value_dim;
+            float origin = range.phi;
+            if constexpr (is_unified) {
+                if (partial.leaves[group]) continue;
+                block_logits<V, T>(chunk, group, first, count, logits);
+                if (range.is_checked && leaves_range(logits, count, range)) {
+                    partial.leaves[group] = 1;
+                    continue;
+                }
+            } else {
+                block_logits<V, T>(chunk, group, first, count, logits);
+                const float before = partial.origin[group];
+                origin = greatest_of<V>(logits);
+                if (origin > before) {
+                    float factor[V::width];
+                    bounded_difference_exponential(V::set(before), V::set(origin)).store(factor);
+                    partial.denominator[group] *= factor[0];
+                    for (std::size_t d = 0; d < chunk.value_dim; ++d) numerator[d] *= factor[0];
+                    partial.origin[group] = origin;
+                } else {
+                    origin = before;
+                }
             }
-            partial.denominator[group] += exponentials<V>(logits, range.phi);
-            add_block<V, T>(chunk, group, first, count, logits, partial.numerator + group * chunk.value_dim);
+            partial.denominator[group] += exponentials<V>(logits, origin);
+            add_block<V, T>(chunk, group, first, count, logits, numerator);
         }
     }
 }
@@ -242,7 +236,7 @@ void multiply_panel(const float* x, const void* packed, float* out, std::size_t 
 
 template <class V, class T>
 constexpr DecodingKernels kernels_of() {
-    return {attend_synchronised<V, T>, attend_unified<V, T>, multiply_panel<V, T>};
+    return {attend<V, T, false>, attend<V, T, true>, multiply_panel<V, T>};
 }
 
 constexpr DecodingKernels kernels[] = {

@@ -18,6 +18,8 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Columns that lie side by side in packed weights; see ``decoding.h``.
 PANEL = 32
 
+_Layout, _Limits = ctypes.c_int64 * 16, ctypes.c_double * 5
+
 # Asked once, at import: torch.compile cannot look through the loading of a library.
 STATUS = _native.status()
 IS_FAST = STATUS.instruction_set in ("avx2", "avx512")
@@ -26,8 +28,8 @@ _native.share_threads()  # torch's, which has been imported by now, whoever load
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether the kernels take these: on the CPU, all of one format that is not float64."""
-    formats = {tensor.dtype for tensor in tensors}
-    return all(tensor.device.type == "cpu" for tensor in tensors) and len(formats) == 1 and formats <= FORMATS.keys()
+    dtype = tensors[0].dtype
+    return dtype in FORMATS and all(x.dtype == dtype and x.device.type == "cpu" for x in tensors)
 
 
 def attend(
@@ -75,8 +77,8 @@ def attend(
         None if mask is None else mask.data_ptr(),
         out.data_ptr(),
         recomputed.data_ptr(),
-        (ctypes.c_int64 * len(layout))(*layout),
-        (ctypes.c_double * 5)(0.0 if phi is None else phi, low, high, least_total, greatest_total),
+        _Layout(*layout),
+        _Limits(0.0 if phi is None else phi, low, high, least_total, greatest_total),
         torch.get_num_threads(),
     )
     if failed:

@@ -131,16 +131,14 @@ def _choose(backend: FlatBackend, x: Tensor, packed: Tensor | None) -> str:
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None, backend: str) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    with without_autocast(x.device):
-        if not rows.numel() or not len(weight):
-            out = F.linear(rows, weight, bias)
-        elif backend == "native":
-            assert packed is not None, "chosen with packed weights alone"
-            wide_bias = None if bias is None else bias.float()
-            out = _decoding_kernels.multiply(rows.float(), packed, len(weight), wide_bias).to(x.dtype)
-        elif backend == "triton":
-            out = _triton_kernels.multiply(rows, weight, bias)
-        else:
+    if backend == "native" and rows.numel():
+        assert packed is not None, "chosen with packed weights alone"
+        wide_bias = None if bias is None else bias.float()
+        out = _decoding_kernels.multiply(rows.float(), packed, len(weight), wide_bias).to(x.dtype)
+    elif backend == "triton" and rows.numel():
+        out = _triton_kernels.multiply(rows, weight, bias)
+    else:
+        with without_autocast(x.device):
             filled = F.pad(rows, (0, 0, 0, -len(rows) % FLAT_ROWS))
             out = F.linear(filled, weight, bias)[: len(rows)]
     return out.reshape(*x.shape[:-1], len(weight))

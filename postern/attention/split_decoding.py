@@ -24,6 +24,7 @@ from postern.errors import Unavailable
 from postern.precision import without_autocast
 
 DecodingBackend = Literal["auto", "torch", "native", "triton"]
+_BACKENDS = get_args(DecodingBackend)
 
 # Chunks shorter than this cost more to combine than they gain.
 _LEAST_CHUNK = 256
@@ -147,9 +148,11 @@ def _decode(
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, num_splits: int | None) -> None:
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    def shapes() -> str:
+        return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
     if not query.dim() == key.dim() == value.dim() == 4 or query.shape[2] != 1:
-        raise ValueError(f"decoding takes a query [batch, heads, 1, head_dim], and keys and values; got {shapes}")
+        raise ValueError(f"decoding takes a query [batch, heads, 1, head_dim], and keys and values; got {shapes()}")
     if (
         query.shape[0] != key.shape[0]
         or key.shape[:3] != value.shape[:3]
@@ -158,12 +161,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, num_splits: int | N
         or not key.shape[1]
     ):
         raise ValueError(
-            f"keys and values have the query's batch and sizes, and heads that divide its own; got {shapes}"
+            f"keys and values have the query's batch and sizes, and heads that divide its own; got {shapes()}"
         )
     if not key.shape[2]:
-        raise ValueError(f"attention needs at least one key, got {shapes}")
-    dtypes, devices = {x.dtype for x in (query, key, value)}, {x.device for x in (query, key, value)}
-    if len(dtypes) > 1 or len(devices) > 1 or not query.is_floating_point():
+        raise ValueError(f"attention needs at least one key, got {shapes()}")
+    is_one_dtype = query.dtype == key.dtype == value.dtype and query.is_floating_point()
+    if not is_one_dtype or not query.device == key.device == value.device:
         raise ValueError(
             f"query, key and value have one floating-point dtype and one device, got {query.dtype}, {key.dtype}, "
             f"{value.dtype} on {query.device}, {key.device}, {value.device}"
@@ -179,8 +182,8 @@ def _choose(backend: DecodingBackend, *tensors: Tensor) -> str:
         ValueError: an unknown one, or tensors that it does not take.
         Unavailable: it is not there.
     """
-    if backend not in get_args(DecodingBackend):
-        raise ValueError(f"backend is one of {', '.join(get_args(DecodingBackend))}; got {backend!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(_BACKENDS)}; got {backend!r}")
     found = tensors[0]
     if backend == "native":
         if not _decoding_kernels.STATUS.available:
@@ -231,36 +234,28 @@ def _run(
     """Attend; ``[batch, heads, value_dim]`` in the dtype of the values, and rows computed again ``[batch, heads]``."""
     splits = min(num_splits or _default_splits(query, key), key.shape[2])
     low, high = -math.inf if low is None else low, math.inf if high is None else high
-    with without_autocast(query.device):
-        wide = query.to(torch.promote_types(query.dtype, torch.float32))
-        scaled = wide * scale
-        if not scaled.numel() or not value.shape[3]:
-            return value.new_zeros(*query.shape[:2], value.shape[3]), query.new_zeros(query.shape[:2], dtype=torch.bool)
-        if backend == "native":
-            bound = math.exp(SAFE_EXPONENT)
-            out, recomputed = _decoding_kernels.attend(
-                scaled,
-                key,
-                value,
-                mask,
-                splits,
-                phi=phi,
-                low=low,
-                high=high,
-                least_total=1 / bound,
-                greatest_total=bound,
-            )
-        elif backend == "triton":
-            from postern.attention import _triton_kernels
+    # Autocast leaves these two alone.
+    wide = query.to(torch.promote_types(query.dtype, torch.float32))
+    scaled = wide * scale
+    if not scaled.numel() or not value.shape[3]:
+        return value.new_zeros(*query.shape[:2], value.shape[3]), query.new_zeros(query.shape[:2], dtype=torch.bool)
+    if backend == "native":
+        bound = math.exp(SAFE_EXPONENT)
+        limits = {"low": low, "high": high, "least_total": 1 / bound, "greatest_total": bound}
+        out, recomputed = _decoding_kernels.attend(scaled, key, value, mask, splits, phi=phi, **limits)
+    elif backend == "triton":
+        from postern.attention import _triton_kernels
 
-            out, recomputed = _triton_kernels.attend(
-                wide, key, value, mask, splits, scale=scale, phi=phi, low=low, high=high
-            )
-        elif phi is None:
-            out = _synchronised(scaled, key, value, mask, splits)
-            recomputed = scaled.new_zeros(scaled.shape[:2], dtype=torch.bool)
-        else:
-            out, recomputed = _unified(scaled, key, value, mask, splits, phi, low, high)
+        out, recomputed = _triton_kernels.attend(
+            wide, key, value, mask, splits, scale=scale, phi=phi, low=low, high=high
+        )
+    else:
+        with without_autocast(query.device):
+            if phi is None:
+                out = _synchronised(scaled, key, value, mask, splits)
+                recomputed = scaled.new_zeros(scaled.shape[:2], dtype=torch.bool)
+            else:
+                out, recomputed = _unified(scaled, key, value, mask, splits, phi, low, high)
     return out.to(value.dtype), recomputed
 
 
