@@ -99,8 +99,8 @@ PAPER = Paper(
     differences=(
         "The divergence is summed over blocks and averaged over rows, in nats; the paper's code averages over all "
         "elements, later blocks included, and multiplies by 10. `gate_distillation_loss` has both.",
-        "A row keeps its own block, unless told otherwise, and by rank it counts among the k. The paper's code keeps it "
-        "where the gate says so.",
+        "A row keeps its own block, unless told otherwise, and by rank it counts among the k. The paper's code keeps "
+        "it where the gate says so.",
         "Instead of a kernel that emits the pooled map on the way, a few rows of blocks of the map are made at a time, "
         "so that training attends twice. The sparse kernels are PyTorch's: gathered blocks through the fused kernel on "
         "the CPU, FlexAttention on a GPU.",
@@ -515,8 +515,8 @@ def beats_heuristics_by_rank_alone(config: Copying, run: Run) -> Metrics:
     },
     seeds=3,
     note=(
-        f"{_COPYING} The model has seen sequences of 128 and of 256 tokens by turns, the gates of 128 alone. Own blocks "
-        "are as in the claim before."
+        f"{_COPYING} The model has seen sequences of 128 and of 256 tokens by turns, the gates of 128 alone. Own "
+        "blocks are as in the claim before."
     ),
 )
 def serves_twice_the_length(config: Copying, run: Run) -> Metrics:
