@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from postern.attention import SelfAttention
+from postern.compare import attention
 from postern.compare.heads import ENTRIES
 from postern.compare.softmax import NORMALISERS
 
@@ -33,7 +34,7 @@ class HeadLoss(nn.Module):
         return loss
 
 
-class AttentionLoss(nn.Module):
+class NormaliserLoss(nn.Module):
     """Attention with a normaliser, and a mean over its outputs."""
 
     def __init__(self, name: str) -> None:
@@ -45,12 +46,27 @@ class AttentionLoss(nn.Module):
         return loss
 
 
+class LayerLoss(nn.Module):
+    """An attention layer, and a mean over its outputs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.attention = attention.ENTRIES[name].make(0, True)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        tokens = x.unflatten(1, (4, WIDTH // 4)).repeat(1, 1, 4 * attention.WIDTH // WIDTH)
+        loss: Tensor = self.attention(tokens).square().mean()
+        return loss
+
+
 def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name in ENTRIES:
         if name not in NOT_DISTRIBUTED:
             yield f"head {name}", partial(HeadLoss, name)
     for name in NORMALISERS:
-        yield f"attention {name}", partial(AttentionLoss, name)
+        yield f"normaliser {name}", partial(NormaliserLoss, name)
+    for name in attention.ENTRIES:
+        yield f"attention {name}", partial(LayerLoss, name)
 
 
 def batch() -> tuple[Tensor, Tensor]:
