@@ -463,9 +463,9 @@ _COPYING = (
 
 
 @PAPER.claim(
-    "Where attention must depend on content, the gates with two blocks a row are 4 points and 0.2 nats better than "
-    "any training-free choice of blocks and recover 80 % of what dense attention has over first and latest blocks; "
-    "with three their loss is still lower, and more blocks never hurt.",
+    "With two blocks a row, one of them the row's own, the gates are 4 points and 0.2 nats better than any "
+    "training-free choice of blocks and recover 80 % of what dense attention has over first and latest blocks; with "
+    "three their loss is still lower, and more blocks never hurt.",
     reported="Better than MInference, MoA and streaming (abstract; the tables were not available to us).",
     holds_when=_BEATS_HEURISTICS,
     scales={
@@ -484,7 +484,9 @@ def beats_heuristics_beside_the_own_block(config: Copying, run: Run) -> Metrics:
 
 
 @PAPER.claim(
-    "The same without a forced own block, by the rule of the paper's code.",
+    "With any two blocks a row, as in the paper's code, the gates are 4 points and 0.2 nats better than any "
+    "training-free choice of blocks and recover 80 % of what dense attention has over first and latest blocks; with "
+    "three their loss is still lower, and more blocks never hurt.",
     reported="Better than MInference, MoA and streaming (abstract; the tables were not available to us).",
     holds_when=_BEATS_HEURISTICS,
     scales={
