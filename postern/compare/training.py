@@ -21,6 +21,7 @@ ACCURACY = Quantity("accuracy", "test accuracy, %", higher_is_better=True, scale
 NEXT_WORD = Quantity("accuracy", "next word right, %", higher_is_better=True, scale=100.0)
 TOP_10 = Quantity("top10_accuracy", "next word among the first ten, %", higher_is_better=True, scale=100.0)
 CROSS_ENTROPY = Quantity("cross_entropy", "test cross-entropy, nats")
+SIZE = Quantity("numbers", "numbers in the model, thousands", scale=1e-3)
 MEMORY = Quantity("memory_mib", "memory of a training step, MiB")
 
 WEIGHT_DECAY = 0.01
@@ -105,7 +106,7 @@ def make_contest(
         members=tuple(members),
         task=task,
         quality=quality,
-        costs=(*examined, MEMORY),
+        costs=(*examined, SIZE, MEMORY),
         train=train,
         time=time,
         unsuited=lambda setting: unsuited(prepare(problem_of(setting))),
@@ -204,8 +205,15 @@ def tune(
         **evaluate(learner, problem, "test"),
         **examine(learner, problem),
         "learning_rate": rate,
+        "numbers": float(_numbers(learner)),
         "memory_mib": step_memory(lambda: build(rate), problem, run) / 2**20,
     }
+
+
+def _numbers(learner: Learner) -> int:
+    """Floating-point numbers of parameters and buffers; those that two parts share count once."""
+    tensors = [t for t in learner.state_dict().values() if t.is_floating_point()]
+    return sum({t.data_ptr(): t.numel() for t in tensors if t.numel()}.values())
 
 
 def _train(learner: Learner, problem: Problem, steps: int, rate: float, run: Run) -> bool:

@@ -42,6 +42,7 @@ def test_every_member_that_suits_trains_and_is_timed(family: str, data: str, tex
         assert {quality.name, "learning_rate", "memory_mib"} <= metrics.keys()
         assert 0 <= metrics["accuracy"] <= 1
         assert metrics["memory_mib"] > 0
+        assert metrics["numbers"] > 100
     assert all(isinstance(why, str) and why for why in unsuited.values())
 
 

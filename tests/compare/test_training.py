@@ -73,6 +73,7 @@ def run(seed: int = 0) -> Run:
 
 def test_learns_what_there_is_to_learn() -> None:
     metrics = tune(lambda rate: Linear(), halves(), setting(1e-3, 1e-1), ACCURACY, run())
+    assert metrics["numbers"] == 2 * 2 + 2
     assert metrics["accuracy"] > 0.95
     assert metrics["learning_rate"] == 1e-1
     assert metrics["cross_entropy"] < 0.3
