@@ -53,10 +53,10 @@ def allows_tf32() -> bool:
     return allowed == "tf32"
 
 
-def empty_like_heads(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like_heads(x: Tensor) -> Tensor:
     """An empty ``[batch, heads, time, dim]`` whose heads lie side by side, so that merging them copies nothing."""
-    batch, heads, time = x.shape[:3]
-    return x.new_empty((batch, time, heads, dim), dtype=dtype).transpose(1, 2)
+    batch, heads, time, dim = x.shape
+    return x.new_empty((batch, time, heads, dim)).transpose(1, 2)
 
 
 def empty_states(state: Tensor, segments: int) -> Tensor:
@@ -95,7 +95,7 @@ def register_operator(
         query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tensor, block: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         before = empty_states(state, num_segments(query.shape[2], block))
-        return empty_like_heads(value, value.shape[3]), state.new_empty(state.shape), before
+        return empty_like_heads(value), state.new_empty(state.shape), before
 
     def fake_backward(
         grad: Tensor,
@@ -107,7 +107,7 @@ def register_operator(
         before: Tensor,
         block: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        query, key, value = (empty_like_heads(x, x.shape[3]) for x in (query, key, value))
+        query, key, value = (empty_like_heads(x) for x in (query, key, value))
         return query, key, value, grad_last.new_empty(grad_last.shape)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -251,7 +251,7 @@ def _chunk_forward(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     time, dtype = query.shape[2], state.dtype
-    output, last = empty_like_heads(value, value.shape[3]), state.new_empty(state.shape)
+    output, last = empty_like_heads(value), state.new_empty(state.shape)
     before = empty_states(state, _num_pieces(time, block))
     with without_autocast(query.device):
         pieces = _pieces(slopes, time, block)
@@ -281,7 +281,7 @@ def _chunk_backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     time, dtype = query.shape[2], before.dtype
-    grads = [empty_like_heads(x, x.shape[3]) for x in (query, key, value)]
+    grads = [empty_like_heads(x) for x in (query, key, value)]
     grad_state = grad_last.new_empty(grad_last.shape)
     with without_autocast(query.device):
         pieces = _pieces(slopes, time, block)
@@ -322,7 +322,7 @@ def _tiled_forward(
     query: Tensor, key: Tensor, value: Tensor, slopes: Tensor, state: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's forward pass: row of tiles by row of tiles, up to the diagonal; the state is left as it is."""
-    output = empty_like_heads(value, value.shape[3])
+    output = empty_like_heads(value)
     with without_autocast(query.device):
         inside, rise, fall, over = _tile_decays(slopes, block)
         keys, values = torch.split(key, block, 2), torch.split(value, block, 2)
@@ -348,7 +348,7 @@ def _tiled_backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The paper's backward pass, over the same tiles."""
-    grads = [empty_like_heads(x, x.shape[3]).zero_() for x in (query, key, value)]
+    grads = [empty_like_heads(x).zero_() for x in (query, key, value)]
     with without_autocast(query.device):
         inside, rise, fall, over = _tile_decays(slopes, block)
         tiles = list(zip(*(torch.split(x, block, 2) for x in (query, key, value, grad, *grads)), strict=True))

@@ -207,7 +207,7 @@ def _outputs(
 ) -> Tensor:
     batch, heads, time, y_dim = y.shape
     z_dim = z.shape[3]
-    out = empty_like_heads(z, z_dim)
+    out = empty_like_heads(z)
     block, y_block, z_block, warps = output_sizes(y_dim, z_dim, y.element_size())
     _outputs_kernel[triton.cdiv(z_dim, z_block), _num_segments(time, 0), batch * heads](
         x, y, z, slopes, states, out,
