@@ -30,7 +30,8 @@ class Setting:
     amount: float = 0.0
 
 
-SCALES = {"smoke": Setting(), "small": Setting(0.2)}
+# a small job must outlast the time that a busy machine takes to notice a lost process
+SCALES = {"smoke": Setting(), "small": Setting(0.6)}
 
 
 @PAPER.claim(
