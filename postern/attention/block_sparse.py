@@ -164,6 +164,7 @@ def _gather_and_attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor
     order = _order_within_blocks(query, blocks, block)
     for rows, columns, has_own in _rows_by_count(blocks, key.shape[1], k[0].nbytes + v[0].nbytes):
         tokens = columns.shape[1] * block
+        # what is gathered gets no name: it is free before the next turn, which takes the same memory, mapped and warm
         output[rows] = F.scaled_dot_product_attention(
             q[rows].unsqueeze(1),
             _take(k, columns).view(len(rows), 1, tokens, -1),
