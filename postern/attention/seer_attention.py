@@ -2,8 +2,8 @@
 
 Paper: "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", arXiv 2410.13276. Unlike the paper's code, a
 row keeps its own block unless told otherwise, blocks begin with the first token of each padded sequence, and the rule
-and the scores of a layer can be exchanged at any time. `postern.attention.attach_gates` does the same for models of Transformers, and
-`postern.attention.distil_gates` trains the gates.
+and the scores of a layer can be exchanged at any time. `postern.attention.attach_gates` does the same for models of
+Transformers, and `postern.attention.distil_gates` trains the gates.
 """
 
 from __future__ import annotations
