@@ -58,7 +58,7 @@ class TestPublish:
             "estimate": 2.0,
             "criterion": "value >= -10",
             "parts": [],
-            "configuration": {"amount": 0.2},
+            "configuration": {"amount": 0.6},
             "metrics": {"1000": {"value": 1.0}, "1001": {"value": 2.0}, "1002": {"value": 3.0}},
             "tables": {"rows": [{"name": "x", "value": None}]},
             "seeds": [1000, 1001, 1002],
