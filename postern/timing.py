@@ -13,19 +13,13 @@ Name = TypeVar("Name", bound=str)
 
 
 def best_times(calls: Mapping[Name, Callable[[], object]], repeats: int) -> dict[Name, float]:
-    """Seconds of the best of several calls of each; the calls take turns.
+    """Seconds of the best of several calls of each; see `times_by_turns`.
 
     Args:
         calls: what to time, by name.
         repeats: calls of each, after one that warms up and counts as well.
     """
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    return {name: min(seconds) for name, seconds in times_by_turns(calls, repeats + 1, warm_up=0).items()}
 
 
 def times_by_turns(

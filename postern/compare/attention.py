@@ -24,7 +24,6 @@ from postern.attention import (
 )
 from postern.claims import Run
 from postern.claims.comparison import Member, Quantity, Setting
-from postern.claims.timing import best_times
 from postern.compare.memory import TensorMemory
 from postern.compare.problems import Problem, Rows, Words
 from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
@@ -32,6 +31,7 @@ from postern.compare.transformer import Transformer
 from postern.dynamics import QLSTM, S6Mixer, SSDMixer
 from postern.nets import LanguageModel, VectorTransformer
 from postern.quantize import OutlierStatistics
+from postern.timing import best_times
 
 WIDTH, HEADS, LAYERS = 64, 4, 2
 CONTEXT = 128  # words
@@ -192,7 +192,7 @@ def examine(learner: Learner, problem: Problem) -> dict[str, float]:
     return found
 
 
-def time_by_length(setting: Setting, problem: Problem, run: Run) -> dict[str, float]:
+def time_by_length(setting: Setting, problem: Problem, run: Run, steps: Mapping[str, float]) -> dict[str, float]:
     """Time a decoded word after so many others; count the memory of a layer and of its cache at each length."""
     if not isinstance(problem, Words):
         return {}
@@ -214,8 +214,20 @@ def time_by_length(setting: Setting, problem: Problem, run: Run) -> dict[str, fl
             for index, length in enumerate(LENGTHS)
         ],
     )
-    run.figure("memory-by-length", _memory_figure(training, caches), _memory_in_words(training, caches))
     longest = decoding[LENGTHS[-1]]
+    words = problem.draw(run.generator(1))[0].numel()
+    run.table(
+        "words a second here",
+        [
+            {
+                "attention": name,
+                "in training": words / (steps[name] / 1e3),
+                f"decoded after {LENGTHS[-1]:,}": 1 / longest[name],
+            }
+            for name in setting.members
+        ],
+    )
+    run.figure("memory-by-length", _memory_figure(training, caches), _memory_in_words(training, caches))
     return {f"decoding {name}": 1e3 * longest[name] for name in setting.members}
 
 

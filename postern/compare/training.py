@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from postern.claims import Metrics, Run
 from postern.claims.comparison import Contest, Member, Quantity, Setting
-from postern.claims.timing import best_times
 from postern.compare.memory import TensorMemory
 from postern.compare.problems import Part, Problem, problem_of
 from postern.nets.evaluation import evaluating
 from postern.nets.language_model import rate_at
+from postern.timing import best_times
 
 ACCURACY = Quantity("accuracy", "test accuracy, %", higher_is_better=True, scale=100.0)
 NEXT_WORD = Quantity("accuracy", "next word right, %", higher_is_better=True, scale=100.0)
@@ -49,7 +49,8 @@ class Learner(nn.Module):
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
 Build = Callable[[str, Problem, float], Learner]  # member, problem, learning rate -> untrained learner
 Examination = Callable[[Learner, Problem], Mapping[str, float]]
-Timing = Callable[[Setting, Problem, Run], Mapping[str, float]]
+# setting, problem, run, milliseconds of a training step by member -> the other paces
+Timing = Callable[[Setting, Problem, Run, Mapping[str, float]], Mapping[str, float]]
 
 
 def make_contest(
@@ -65,7 +66,7 @@ def make_contest(
     examined: Sequence[Quantity] = (),
     examine: Examination = lambda learner, problem: {},
     paces: Mapping[str, str] | None = None,
-    time_more: Timing = lambda setting, problem, run: {},
+    time_more: Timing = lambda setting, problem, run, steps: {},
 ) -> Contest:
     """A contest whose members are trained and timed as all are, judged by accuracy except on texts.
 
@@ -98,7 +99,7 @@ def make_contest(
     def time(setting: Setting, run: Run) -> Metrics:
         problem = prepare(problem_of(setting))
         steps = time_steps({name: partial(build, name, problem) for name in setting.members}, problem, setting, run)
-        return {**steps, **time_more(setting, problem, run)}
+        return {**steps, **time_more(setting, problem, run, steps)}
 
     return Contest(
         family=family,

@@ -33,11 +33,11 @@ from postern.attention.gemm_dispatch import KERNELS, GemmKernel, Shape, gemm_cal
 from postern.attention.split_decoding import DecodingBackend
 from postern.attention.unified_softmax import RangeCheck
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
-from postern.claims.timing import times_by_turns
 from postern.data import Text, load
 from postern.errors import Unavailable
 from postern.nets import LanguageModel, consecutive_windows, train_language_model
 from postern.nets.evaluation import evaluating
+from postern.timing import times_by_turns
 
 PAPER = Paper(
     slug="flashdecoding-pp",

@@ -437,8 +437,8 @@ class Positions:
     note=(
         f"{_SMALL_MODELS} pairs_in_order is the share of the six pairs, one of the two good positions with one of the "
         "three others, in which the former has the lower loss: the statistic of the rank test, 0.5 by chance. All "
-        "models have the rate of three that was best without gates on a seed that does not count; gates on the heads "
-        "were better still at three times that rate."
+        "models have the rate of three that was best without gates on a seed that does not count, where gates on the "
+        "heads had a better rate above it."
     ),
 )
 def position_matters(config: Positions, run: Run) -> Metrics:
@@ -494,9 +494,9 @@ class Sinks:
     seeds=3,
     note=(
         f"{_SMALL_MODELS} Attention to the first token is a mean over layers, heads and queries from the ninth on; "
-        "uniform attention would give it 0.04 here. At a rate of 0.01 such a model grows no sink in 1500 steps (0.006, "
-        "on a seed that does not count). So the rate is 0.03, at which softmax suffers; and even there a sink emerged "
-        "on one of two such seeds only (0.14 and 0.03), so that there may be nothing to judge."
+        "uniform attention would give it 0.04 here. On seeds that do not count such a model grew no sink at a rate of "
+        "0.01. So the rate is 0.03, at which softmax suffers; and even there a sink emerged on one of two such seeds "
+        "only, so that there may be nothing to judge."
     ),
 )
 def gates_remove_sinks(config: Sinks, run: Run) -> Metrics:
@@ -577,9 +577,7 @@ class Backcopy:
     note=(
         "A synthetic task that is not the paper's: a Markov chain of 32 tokens, of which three make the next one copy "
         "the token before them. Losses are nats above the least possible; accuracy is that of the copies. Attention to "
-        "the first token does not count for the verdict: where the gate is closed, nothing says where a head looks. On "
-        "a seed that does not count, softmax drained these values to 0.40 of the others' only, and larger batches or "
-        "twice the steps changed that little."
+        "the first token does not count for the verdict: where the gate is closed, nothing says where a head looks."
     ),
 )
 def spares_the_first_token(config: Backcopy, run: Run) -> Metrics:
@@ -680,8 +678,7 @@ class UniformAttention:
         "A synthetic task that is not the paper's. Each arm has the best of three learning rates. error_best_linear is "
         "the error of least squares on the mean token, which no linear map of any rank can beat; the paper's two "
         "controls, root-mean-square normalisation and SiLU of the head's output, are in the table. Of these only the "
-        "linear head counts for the verdict: this is about non-linearity, and says nothing for a gate against others. "
-        "On a seed that does not count, SiLU alone did at least as well as the gate."
+        "linear head counts for the verdict: this is about non-linearity, and says nothing for a gate against others."
     ),
 )
 def makes_the_value_path_nonlinear(config: UniformAttention, run: Run) -> Metrics:

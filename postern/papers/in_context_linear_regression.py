@@ -443,6 +443,7 @@ def several_heads_beat_one(config: Training, run: Run) -> Metrics:
     },
     seeds=5,
     note=(
+        "The bounds were set when some of eight models had got stuck on a seed that does not count. "
         "A model is stuck if its error is above the geometric mean of those of the best single head and of the best "
         "debiased gradient step. If a head's sign were settled at the start, half of the models of two heads and an "
         "eighth of those of four would have one sign only; training turns some of them."
@@ -846,8 +847,8 @@ _TWO_TASKS = {
     note=(
         "What a head does for a task is |mu| times the norm of its comparison of inputs; own_task_share is the part "
         "for each head's larger task, averaged over the models, and split_evenly the share of models with two heads "
-        "a task. On the tuning seeds all models split evenly, but in a quarter to a half of them a pair of heads also "
-        "serves the other task, at the same error: nothing in the loss undoes it, and twice the steps did not."
+        "a task. On seeds that do not count all models split evenly, but in some of them a pair of heads also served "
+        "the other task, at the same error: nothing in the loss undoes it."
     ),
 )
 def splits_heads_by_task(config: TwoTasks, run: Run) -> Metrics:

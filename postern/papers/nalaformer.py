@@ -25,9 +25,9 @@ from postern.attention import (
     norm_entropy_correlation,
 )
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Run, Slope, Within
-from postern.claims.timing import best_times
 from postern.data import load
 from postern.nets import VectorTransformer, evaluating
+from postern.timing import best_times
 
 PAPER = Paper(
     slug="nalaformer",

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from postern.boxes import IOU_THRESHOLDS, DetectionScores, Method, batched_soft_nms, evaluate_detections
 from postern.claims import AllOf, AtMost, Difference, Metrics, Paper, Run, Slope
-from postern.claims.timing import best_times
 from postern.data import ImageName, Images, Scenes, digit_scenes, load, simulated_detections
 from postern.nets import GridDetector
+from postern.timing import best_times
 
 PAPER = Paper(
     slug="soft-nms",

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from postern import _native
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
-from postern.claims.timing import best_times
 from postern.softmax import (
     online_softmax,
     softmax_traffic,
@@ -25,6 +24,7 @@ from postern.softmax import (
     two_pass_softmax,
 )
 from postern.softmax.two_pass import TrafficVariant
+from postern.timing import best_times
 
 PAPER = Paper(
     slug="two-pass-softmax",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
-from postern.claims.timing import best_times
 from postern.data import Text, load
 from postern.heads import (
     AdaptiveSoftmaxHead,
@@ -33,6 +32,7 @@ from postern.heads import (
 )
 from postern.heads.vq_logits import MappingMethod
 from postern.nets import LanguageModel, consecutive_windows, evaluating, random_windows
+from postern.timing import best_times
 
 PAPER = Paper(
     slug="vq-logits",

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from postern.claims import AllOf, AtMost, Difference, Metrics, Paper, Ratio, Run
-from postern.claims.timing import best_times
 from postern.data import TextName, load
 from postern.heads import (
     FactoredLinear,
@@ -35,6 +34,7 @@ from postern.papers._output_layers import (
     restoring,
     zipf_classes,
 )
+from postern.timing import best_times
 
 PAPER = Paper(
     slug="z-loss",

@@ -101,6 +101,9 @@ def test_attention_is_examined_and_timed_by_length(text_file: str, monkeypatch: 
     assert rows["softmax", 64][kept] == 2 * 64 * 64 * 4 / 1024
     assert rows["softmax", 256][kept] == 4 * rows["softmax", 64][kept]
     assert rows["linear", 256][kept] == rows["linear", 64][kept] == (4 * 16 * 16 + 4 * 16) * 4 / 1024
+    for row in run.tables["words a second here"]:
+        assert row["in training"] == pytest.approx(16 * 128 / (times[row["attention"]] / 1e3))
+        assert row["decoded after 256"] == pytest.approx(1e3 / times[f"decoding {row['attention']}"])
     softmax, linear = (contest.train(name, chosen, run) for name in chosen.members)
     assert 0 < softmax["first_token_attention"] < 1
     assert "first_token_attention" not in linear
