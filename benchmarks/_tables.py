@@ -6,6 +6,8 @@ every file there, so that nobody edits numbers by hand.
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
 import platform
 import random
@@ -20,8 +22,10 @@ import torch
 import postern
 from postern import _native
 from postern.machine import processor
+from postern.timing import waiting
 
 FOLDER = Path(__file__).parent
+CPU = torch.device("cpu")
 Row = dict[str, str | float]
 
 HEADER = """# Benchmarks
@@ -34,7 +38,11 @@ times as fast as the peer, by the best time of each. `python -m benchmarks.NAME`
 
 
 def best_times(
-    statements: Mapping[str, str], seconds: float, names: Mapping[str, object], rounds: int = 7
+    statements: Mapping[str, str],
+    seconds: float,
+    names: Mapping[str, object],
+    rounds: int = 7,
+    device: torch.device = CPU,
 ) -> dict[str, float]:
     """Best seconds of each statement, as a user writes it; they take turns for ``seconds``, at least ``rounds`` times.
 
@@ -45,23 +53,64 @@ def best_times(
         seconds: how long to go on, in all.
         names: what the statements name.
         rounds: turns that each gets at least.
+        device: where they work; a GPU is waited for.
     """
     calls = {key: timeit.Timer(statement, globals=dict(names)) for key, statement in statements.items()}
+
+    def timed(call: timeit.Timer, count: int) -> float:
+        start = time.perf_counter()
+        waiting(lambda: call.timeit(count), device)()
+        return time.perf_counter() - start
+
     for call in calls.values():
-        call.timeit(1)
+        timed(call, 1)
     # Statements of microseconds are timed several at once.
-    at_once = max(1, int(2e-4 * len(calls) / sum(call.timeit(1) for call in calls.values())))
+    at_once = max(1, int(2e-4 * len(calls) / sum(timed(call, 1) for call in calls.values())))
     best = dict.fromkeys(calls, float("inf"))
     end, done, orders = time.perf_counter() + seconds, 0, random.Random(0)
     while done < rounds or time.perf_counter() < end:
         for key, call in orders.sample(list(calls.items()), len(calls)):
-            best[key] = min(best[key], call.timeit(at_once) / at_once)
+            best[key] = min(best[key], timed(call, at_once) / at_once)
         done += 1
     return best
 
 
-def circumstances() -> Row:
+def device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say where to work; see `prepare`."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+
+
+def prepare(arguments: argparse.Namespace) -> torch.device:
+    """Set the threads and the seed; return the device."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no CUDA device")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    return torch.device(arguments.device)
+
+
+def place(device: torch.device) -> str:
+    """Where it works, for headings."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def circumstances(device: torch.device = CPU) -> Row:
     """What a reader needs to judge the numbers."""
+    if device.type == "cuda":
+        return {
+            "GPU": torch.cuda.get_device_name(device),
+            "CUDA": str(torch.version.cuda),
+            "triton": importlib.metadata.version("triton"),
+            "torch": torch.__version__,
+            "postern": postern.__version__,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "commit": commit(),
+        }
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -88,17 +137,19 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" and changes" if changes else "")
 
 
-def record(name: str, title: str, tables: Mapping[str, Sequence[Row]]) -> None:
+def record(name: str, title: str, tables: Mapping[str, Sequence[Row]], device: torch.device = CPU) -> None:
     """Print the tables, keep them under ``results/``, and render the page.
 
     Args:
         name: the benchmark's module.
         title: its heading on the page.
         tables: rows by the table's title; all rows of a table have the same columns.
+        device: where it was measured; a GPU's results are kept beside the CPU's.
     """
     results = FOLDER / "results"
     results.mkdir(exist_ok=True)
-    document = {"title": title, "circumstances": circumstances(), "tables": tables}
+    document = {"title": title, "circumstances": circumstances(device), "tables": tables}
+    name = name if device.type == "cpu" else f"{name}.{device.type}"
     (results / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(section(name, document))
     (FOLDER / "README.md").write_text(page(), encoding="utf-8")
@@ -115,7 +166,9 @@ def section(name: str, document: Mapping[str, object]) -> str:
     found, tables = document["circumstances"], document["tables"]
     assert isinstance(found, Mapping)
     assert isinstance(tables, Mapping)
-    text = f"## {document['title']}\n\n`python -m benchmarks.{name}` on "
+    module, _, device = name.partition(".")
+    command = f"python -m benchmarks.{module}" + (f" --device {device}" if device else "")
+    text = f"## {document['title']}\n\n`{command}` on "
     text += ", ".join(f"{key} {value}" for key, value in found.items()) + ".\n"
     for title, rows in tables.items():
         text += f"\n### {title}\n\n{as_markdown(rows)}\n"

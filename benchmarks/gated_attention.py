@@ -1,23 +1,24 @@
 """What a gate costs: a training step of one attention layer with and without it, beside peers.
 
     python -m benchmarks.gated_attention [--width W] [--heads H] [--tokens T] [--batch B] [--seconds S] [--threads N]
+        [--device cuda]
 
 A step is the forward and the backward pass, to the parameters and the input. Qwen3-Next's layer has the same
 elementwise gate, with its weights in the query projection, and norms and rotations as here; that both compute the same
-is checked in the tests. Torch's own layer has neither gate nor norms nor rotations.
+is checked in the tests. Torch's own layer has neither gate nor norms nor rotations. On a GPU all is in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextRotaryEmbedding
 
-from benchmarks._tables import Row, best_times, record
+from benchmarks._tables import CPU, Row, best_times, device_arguments, place, prepare, record
 from postern.attention import GatedAttention, SelfAttention
 
 PLAIN = "no gate"
@@ -68,10 +69,10 @@ def milliseconds(layers: dict[str, nn.Module], x: Tensor, seconds: float, *, com
     for index, layer in enumerate(layers.values()):
         names[f"layer_{index}"] = torch.compile(layer) if compiled else layer
     statements = {name: f"step(layer_{index}, x)" for index, name in enumerate(layers)}
-    return {name: 1e3 * best for name, best in best_times(statements, seconds, names).items()}
+    return {name: 1e3 * best for name, best in best_times(statements, seconds, names, device=x.device).items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -79,17 +80,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to time all layers, eager and compiled")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device = prepare(arguments)
+    dtype = torch.float32 if device == CPU else torch.bfloat16
     width, heads, kv_heads = arguments.width, arguments.heads, arguments.kv_heads
     layers: dict[str, nn.Module] = {PLAIN: _layer(SelfAttention, width, heads, kv_heads)}
     layers["headwise"] = _layer(GatedAttention, width, heads, kv_heads, granularity="head")
     layers["elementwise"] = _layer(GatedAttention, width, heads, kv_heads)
     layers["Qwen3-Next"] = Qwen3Next(width, heads, kv_heads)
     layers["torch, no gate"] = Torch(width, heads)
-    x = torch.randn(arguments.batch, arguments.tokens, width, requires_grad=True)
+    for layer in layers.values():
+        layer.to(device, dtype)
+    x = torch.randn(arguments.batch, arguments.tokens, width, device=device, dtype=dtype, requires_grad=True)
     absolute: list[Row] = []
     relative: list[Row] = []
     for mode in ("eager", "compiled"):
@@ -101,12 +104,13 @@ def main() -> None:
         )
     shape = (
         f"{arguments.batch} x {arguments.tokens} tokens of {width}, {heads} heads, {kv_heads} of keys, "
-        f"{arguments.threads} thread(s)"
+        f"{str(dtype).removeprefix('torch.')}, {place(device)}"
     )
     record(
         "gated_attention",
         "Training an attention layer: what a gate on the heads' outputs costs",
         {f"Milliseconds a step, {shape}": absolute, "Times as long as without a gate": relative},
+        device,
     )
 
 

@@ -1,6 +1,7 @@
 """A training step of in-context attention by its circuits, against projections of every token.
 
-    python -m benchmarks.in_context_attention [--seconds S] [--threads N] [--batch B] [--length L]
+    python -m benchmarks.in_context_attention [--seconds S] [--batch B] [--length L] [--threads N]
+        [--device cuda]
 
 A step is the forward and the backward pass. The peer computes the same model as the paper's code does: queries, keys
 and values by linear layers of full width a head, then attention. That both agree is checked before anything is timed.
@@ -10,11 +11,12 @@ The order of the products matters as much: the two circuits in one einsum of thr
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._tables import Row, best_times, record
+from benchmarks._tables import Row, best_times, device_arguments, place, prepare, record
 from postern.dynamics import InContextAttention, InContextRegression, RegressionPrompts
 
 
@@ -63,28 +65,34 @@ def step(module: nn.Module, prompts: RegressionPrompts) -> None:
     (module(prompts.examples, prompts.query) - prompts.target).square().mean().backward()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--length", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to time each setting at least")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device = prepare(arguments)
     rows: list[Row] = []
     for dim in (5, 20):
         for heads in (1, 4, 8):
             torch.manual_seed(0)
-            prompts = InContextRegression(dim).sample(arguments.batch, arguments.length)
-            model = InContextAttention(dim, heads)
-            modules = {"circuits": model, "projections": ProjectedAttention(model), "one einsum": OneEinsum(model)}
+            drawn = InContextRegression(dim).sample(arguments.batch, arguments.length)
+            prompts = RegressionPrompts(*(x.to(device) for x in (drawn.examples, drawn.query, drawn.target)))
+            model = InContextAttention(dim, heads).to(device)
+            modules: dict[str, nn.Module] = {
+                "circuits": model,
+                "projections": ProjectedAttention(model),
+                "one einsum": OneEinsum(model),
+            }
             for other in modules.values():
+                other.to(device)
                 torch.testing.assert_close(
                     other(prompts.examples, prompts.query), model(prompts.examples, prompts.query), atol=1e-5, rtol=1e-4
                 )
             names = {"step": step, "prompts": prompts, "modules": modules}
             times = best_times(
-                {name: f"step(modules[{name!r}], prompts)" for name in modules}, arguments.seconds, names
+                {name: f"step(modules[{name!r}], prompts)" for name in modules}, arguments.seconds, names, device=device
             )
             rows.append(
                 {
@@ -95,8 +103,8 @@ def main() -> None:
                     "one einsum / circuits": times["one einsum"] / times["circuits"],
                 }
             )
-    title = f"{arguments.batch} prompts of {arguments.length} examples, {arguments.threads} thread(s)"
-    record("in_context_attention", "In-context attention: circuits against projections", {title: rows})
+    title = f"{arguments.batch} prompts of {arguments.length} examples, {place(device)}"
+    record("in_context_attention", "In-context attention: circuits against projections", {title: rows}, device)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ whole layer, after more and more others, whose keys and values softmax keeps in 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks._tables import Row, best_times, record
+from benchmarks._tables import Row, best_times, device_arguments, place, prepare, record
 from postern.attention import (
     GatedLinearAttention,
     LightningForm,
@@ -75,7 +75,6 @@ class Attention:
     def __init__(self, heads: int, length: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = inputs(heads, length, head_dim, dtype, device)
         self.slopes = decay_slopes(heads, layer=1, num_layers=4, device=device)
-        self.device = device
 
     def output(self, name: str) -> Tensor:
         query, key, value = self.tensors
@@ -87,15 +86,9 @@ class Attention:
     def forward(self, name: str) -> None:
         with torch.no_grad():
             self.output(name)
-        self.wait()
 
     def both(self, name: str) -> None:
         torch.autograd.grad(self.output(name).sum(), self.tensors)
-        self.wait()
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def crossover(lengths: list[int], ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
@@ -117,7 +110,7 @@ def time_attention(
             attention = Attention(arguments.heads, length, arguments.head_dim, dtype, device)
             names = [*forms, SOFTMAX] if expected < arguments.longest else list(forms)
             statements = {name: f"attention.{method}({name!r})" for name in names}
-            timed = best_times(statements, arguments.seconds, {"attention": attention}, rounds=2)
+            timed = best_times(statements, arguments.seconds, {"attention": attention}, rounds=2, device=device)
             for name, seconds in timed.items():
                 times[name][length] = seconds
             expected = 4 * timed.get(SOFTMAX, expected)
@@ -141,7 +134,7 @@ class Decoder:
         self.linear = GatedLinearAttention(width, heads, layer=1, num_layers=4).to(device, dtype)
         self.softmax = SelfAttention(width, heads, is_causal=True, bias=False, rotary_base=10_000.0).to(device, dtype)
         x = torch.randn(1, length, width, device=device, dtype=dtype)
-        self.token, self.length, self.device = x[:, -1:], length, device
+        self.token, self.length = x[:, -1:], length
         self.cache = self.linear.new_cache()
         with torch.no_grad():
             self.linear(x, cache=self.cache)
@@ -155,8 +148,6 @@ class Decoder:
             self.softmax.output(attend(query, self.keys, self.values).transpose(1, 2).flatten(2))
         else:
             self.linear(self.token, cache=self.cache)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def time_decoding(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> list[Row]:
@@ -165,35 +156,33 @@ def time_decoding(arguments: argparse.Namespace, dtype: torch.dtype, device: tor
     for length in arguments.lengths:
         decoder = Decoder(arguments.heads * arguments.head_dim, arguments.heads, length, dtype, device)
         statements = {name: f"decoder.step({name!r})" for name in names}
-        timed = best_times(statements, arguments.seconds / 4, {"decoder": decoder}, rounds=20)
+        timed = best_times(statements, arguments.seconds / 4, {"decoder": decoder}, rounds=20, device=device)
         rows.append({"after tokens": f"{length:,}"} | {name: 1e6 * timed[name] for name in names})
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**power for power in range(8, 17)])
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to time each row at least")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds that a call of softmax may take")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
     arguments.lengths.sort()
-    torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = prepare(arguments)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     forms = available(device)
     check(forms, arguments.heads, arguments.head_dim, dtype, device)
     tables = time_attention(arguments, forms, dtype, device)
     tables["Decoding with a whole layer: microseconds a token"] = time_decoding(arguments, dtype, device)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {arguments.threads} thread(s)"
-    shape = f"{arguments.heads} heads of {arguments.head_dim}, {str(dtype).removeprefix('torch.')}, {place}"
+    shape = f"{arguments.heads} heads of {arguments.head_dim}, {str(dtype).removeprefix('torch.')}, {place(device)}"
     record(
         "lightning_attention",
         f"Lightning Attention against fused softmax attention: {shape}",
         tables,
+        device,
     )
 
 

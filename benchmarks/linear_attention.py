@@ -1,6 +1,7 @@
 """A layer of linear attention against softmax, forward and backward, by length: time and memory.
 
     python -m benchmarks.linear_attention [--lengths 256 1024 4096 8192] [--causal] [--seconds S] [--threads N]
+        [--device cuda]
 
 All layers are in the same frame, with its norm and gate, so that they differ in the attention alone. Softmax runs on
 torch's fused kernel. Memory is that of the tensors of a forward and backward pass at their height.
@@ -9,14 +10,14 @@ torch's fused kernel. Memory is that of the tensors of a forward and backward pa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._tables import Row, best_times, record
+from benchmarks._tables import Row, best_times, device_arguments, place, prepare, record
 from postern.attention import FramedLinearAttention, FramedSoftmaxAttention, NormAwareLinearAttention, relu_features
 from postern.compare.memory import TensorMemory
 
@@ -43,35 +44,37 @@ def peak_bytes(layer: nn.Module, x: Tensor) -> int:
     return memory.peak
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--causal", action="store_true", help="a token sees earlier ones only")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to time each length at least")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device = prepare(arguments)
     rivals = layers(arguments.width, arguments.heads, is_causal=arguments.causal)
+    for layer in rivals.values():
+        layer.to(device)
     times: list[Row] = []
     memory: list[Row] = []
     for length in arguments.lengths:
-        x = torch.randn(1, length, arguments.width, requires_grad=True)
+        x = torch.randn(1, length, arguments.width, device=device, requires_grad=True)
         names: dict[str, object] = {"step": step, "x": x, "rivals": rivals}
         seconds = best_times(
-            {name: f"step(rivals[{name!r}], x)" for name in rivals}, arguments.seconds, names, rounds=3
+            {name: f"step(rivals[{name!r}], x)" for name in rivals}, arguments.seconds, names, rounds=3, device=device
         )
         first: Row = {"tokens": f"{length:,}"}
         times.append(first | {name: 1e3 * value for name, value in seconds.items()})
         memory.append(first | {name: peak_bytes(layer, x) / 2**20 for name, layer in rivals.items()})
     order = "causal" if arguments.causal else "bidirectional"
-    shape = f"{arguments.heads} heads, {arguments.width} wide, {order}, {arguments.threads} thread(s)"
+    shape = f"{arguments.heads} heads, {arguments.width} wide, {order}, {place(device)}"
     record(
         "linear_attention",
         "A layer of linear attention against softmax, forward and backward",
         {f"Milliseconds, {shape}": times, f"MiB, {shape}": memory},
+        device,
     )
 
 

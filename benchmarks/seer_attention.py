@@ -1,29 +1,32 @@
 """Reading a prompt with blocks of attention left out, against dense attention.
 
     python -m benchmarks.seer_attention [--tokens 4096 8192 16384 32768] [--densities 0.1 0.2 0.3 0.5] [--seconds S]
-        [--threads N]
+        [--heads H] [--head-dim D] [--threads N] [--device cuda]
 
-Dense attention is PyTorch's fused kernel, causal, in float32. The gate's time is that of pooling, projecting, scoring
-and choosing blocks; its weights are random, so that the blocks lie anywhere, and the two last rows are dense. Ideal is
-one over the share of blocks kept. That sparse attention is right is checked before anything is timed.
+Dense attention is PyTorch's fused kernel, causal, in float32, on a GPU in bfloat16. The gate's time is that of pooling,
+projecting, scoring and choosing blocks; its weights are random, so that the blocks lie anywhere, and the two last rows
+are dense. Ideal is one over the share of blocks kept. That sparse attention is right is checked before anything is
+timed.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks._tables import Row, best_times, record
+from benchmarks._tables import CPU, Row, best_times, device_arguments, place, prepare, record
 from postern.attention import AttnGate, block_density, block_sparse_attention, select_blocks
 
 BLOCK = 64
 
 
-def check(heads: int, head_dim: int) -> None:
-    query, key, value = torch.randn(3, 1, heads, 1000, head_dim)
-    blocks = select_blocks(AttnGate(head_dim, heads, block=BLOCK)(query, key), density=0.3)
+def check(heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    query, key, value = torch.randn(3, 1, heads, 1000, head_dim).to(device, dtype)
+    gate = AttnGate(head_dim, heads, block=BLOCK).to(device, dtype)
+    blocks = select_blocks(gate(query, key), density=0.3)
     found = block_sparse_attention(query, key, value, blocks, BLOCK)
     expected = block_sparse_attention(query, key, value, blocks, BLOCK, implementation="dense")
     torch.testing.assert_close(found, expected)
@@ -32,10 +35,12 @@ def check(heads: int, head_dim: int) -> None:
     torch.testing.assert_close(block_sparse_attention(query, key, value, everything, BLOCK), dense)
 
 
-def measure(tokens: int, density: float, heads: int, head_dim: int, seconds: float) -> dict[str, float]:
+def measure(
+    tokens: int, density: float, heads: int, head_dim: int, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
     """Seconds of each, and the share of blocks kept."""
-    query, key, value = torch.randn(3, 1, heads, tokens, head_dim)
-    gate = AttnGate(head_dim, heads, block=BLOCK)
+    query, key, value = torch.randn(3, 1, heads, tokens, head_dim, device=device, dtype=dtype)
+    gate = AttnGate(head_dim, heads, block=BLOCK).to(device, dtype)
     blocks = select_blocks(gate(query, key), density=density)
     names = {
         "attend": F.scaled_dot_product_attention,
@@ -50,27 +55,27 @@ def measure(tokens: int, density: float, heads: int, head_dim: int, seconds: flo
         "gate": "choose()",
         "sparse": "sparse(*qkv, blocks, size)",
     }
-    return best_times(statements, seconds, names, rounds=3) | {"density": block_density(blocks)}
+    return best_times(statements, seconds, names, rounds=3, device=device) | {"density": block_density(blocks)}
 
 
 @torch.no_grad()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16_384, 32_768])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long to time each case at least")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device = prepare(arguments)
+    dtype = torch.float32 if device == CPU else torch.bfloat16
     heads, head_dim = arguments.heads, arguments.head_dim
-    check(heads, head_dim)
+    check(heads, head_dim, device, dtype)
     rows: list[Row] = []
     for tokens in arguments.tokens:
         for density in arguments.densities:
-            found = measure(tokens, density, heads, head_dim, arguments.seconds)
+            found = measure(tokens, density, heads, head_dim, arguments.seconds, device, dtype)
             rows.append(
                 {
                     "tokens": f"{tokens:,}",
@@ -83,11 +88,12 @@ def main() -> None:
                     "ideal": 1 / found["density"],
                 }
             )
-    shape = f"{heads} heads of {head_dim}, blocks of {BLOCK}, {arguments.threads} thread(s)"
+    shape = f"{heads} heads of {head_dim}, blocks of {BLOCK}, {place(device)}"
     record(
         "seer_attention",
         "Block-sparse attention with a gate (SeerAttention) against dense attention",
         {f"Times of reading a prompt, {shape}": rows},
+        device,
     )
 
 

@@ -8,6 +8,7 @@ fused kernel together. Time and memory follow the number of blocks kept.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -52,7 +53,8 @@ def block_sparse_attention(
         scale: by default ``1 / sqrt(head_dim)``.
         implementation: "gather"; "flex", which is `torch.nn.attention.flex_attention`, compiled when first called on a
             GPU, and on the CPU uncompiled, without gradients and saving nothing; "dense", which masks ordinary
-            attention and saves nothing either; "auto" is "flex" on a GPU and "gather" elsewhere.
+            attention and saves nothing either; "auto" is "flex" on a GPU, for blocks of a multiple of 16 tokens, heads
+            of 16 features or more, at most 32 bits, and where no gradients are asked for, else "gather".
 
     Raises:
         ValueError: shapes that do not fit, blocks that are not boolean, or an unknown implementation.
@@ -60,7 +62,7 @@ def block_sparse_attention(
     _check(query, key, value, blocks, block)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "auto":
-        implementation = "flex" if query.device.type == "cuda" else "gather"
+        implementation = "flex" if _fits_flex(query, key, value, block) else "gather"
     if implementation == "gather":
         gathered: Tensor = _gathered(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
         return gathered
@@ -245,6 +247,13 @@ torch.library.register_autograd(_OPERATOR, _backward, setup_context=_save, lib=_
 # FlexAttention -------------------------------------------------------------------------------------------------------
 
 
+def _fits_flex(query: Tensor, key: Tensor, value: Tensor, block: int) -> bool:
+    """Whether FlexAttention's kernel for GPUs takes it; its backward pass has larger tiles than most blocks."""
+    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    fits = block % 16 == 0 and min(query.shape[3], value.shape[3]) >= 16 and value.dtype != torch.float64
+    return query.device.type == "cuda" and fits and not is_tracked
+
+
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -263,8 +272,17 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
         mask_mod=allows,
         seq_lengths=(time, time),
     )
-    is_grouped = query.shape[1] != key.shape[1]
-    output: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    # tiles as large as the blocks, at most: by default they are larger than blocks of 64
+    tile = math.gcd(block, 64)
+    output: Tensor = flex_attention(
+        query,
+        key,
+        value,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options={"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile},
+    )
     return output
 
 

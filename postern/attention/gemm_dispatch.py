@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from postern import _native
 from postern.attention.flat_linear import flat_linear, linear_by_rows, pack_weight
 from postern.machine import cache_folder, processor
-from postern.timing import times_by_turns
+from postern.timing import copies_beyond_cache, replayed, times_by_turns
 
 GemmKernel = Literal["gemv", "flat", "vendor"]
 Shape = tuple[int, int]
@@ -99,11 +99,14 @@ class GemmDispatcher:
                 raise ValueError(f"a shape is (outputs, inputs), at least 1 each; got ({outputs}, {inputs})")
             weight = _normal(outputs, inputs, dtype=dtype, device=device)
             packed = pack_weight(weight) if weight.device.type == "cpu" else None
+            weights = copies(weight)
             seconds[outputs, inputs] = {
                 count: {
                     name: min(times)
                     for name, times in times_by_turns(
-                        gemm_calls(_normal(count, inputs, dtype=dtype, device=device), weight, packed), repeats
+                        gemm_calls(_normal(count, inputs, dtype=dtype, device=device), weights, packed),
+                        repeats,
+                        each=len(weights),
                     ).items()
                 }
                 for count in rows
@@ -308,29 +311,34 @@ def default_path(machine: Mapping[str, str | int]) -> Path:
 
 
 def gemm_calls(
-    x: Float[Tensor, "rows inputs"], weight: Float[Tensor, "outputs inputs"], packed: Tensor | None
-) -> dict[GemmKernel, Callable[[], Tensor]]:
-    """The kernels on these tensors, to be timed; on a GPU they wait for their results.
+    x: Float[Tensor, "rows inputs"], weights: Sequence[Float[Tensor, "outputs inputs"]], packed: Tensor | None
+) -> dict[GemmKernel, Callable[[], None]]:
+    """The kernels on these tensors, to be timed: each goes through all weights; see `postern.timing.replayed`.
 
     Args:
         x: inputs.
-        weight: as of `torch.nn.Linear`.
-        packed: the same weights from `postern.attention.pack_weight`.
+        weights: each as of `torch.nn.Linear`; copies, where a single one would stay in the cache, see
+            `postern.timing.copies_beyond_cache`.
+        packed: the only one from `postern.attention.pack_weight`, on the CPU.
     """
-    calls: dict[GemmKernel, Callable[[], Tensor]] = {
-        "gemv": partial(linear_by_rows, x, weight, None),
-        "flat": partial(flat_linear, x, weight, packed=packed),
-        "vendor": partial(F.linear, x, weight),
+    kernels: dict[GemmKernel, Callable[[Tensor], Tensor]] = {
+        "gemv": lambda weight: linear_by_rows(x, weight, None),
+        "flat": lambda weight: flat_linear(x, weight, packed=packed),
+        "vendor": lambda weight: F.linear(x, weight),
     }
-    if x.device.type != "cuda":
-        return calls
+    return {
+        name: replayed([partial(kernel, weight) for weight in weights], x.device) for name, kernel in kernels.items()
+    }
 
-    def waiting(call: Callable[[], Tensor]) -> Tensor:
-        result = call()
-        torch.cuda.synchronize(x.device)
-        return result
 
-    return {name: partial(waiting, call) for name, call in calls.items()}
+def copies(weight: Tensor) -> list[Tensor]:
+    """The weights as often as `gemm_calls` needs them.
+
+    Args:
+        weight: the first of them.
+    """
+    others = copies_beyond_cache(weight.numel() * weight.element_size(), weight.device) - 1
+    return [weight, *(weight.clone() for _ in range(others))]
 
 
 def _normal(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:

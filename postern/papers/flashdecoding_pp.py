@@ -29,7 +29,7 @@ from postern.attention import (
     pack_weight,
     unified_decode_attention,
 )
-from postern.attention.gemm_dispatch import KERNELS, GemmKernel, Shape, gemm_calls
+from postern.attention.gemm_dispatch import KERNELS, GemmKernel, Shape, copies, gemm_calls
 from postern.attention.split_decoding import DecodingBackend
 from postern.attention.unified_softmax import RangeCheck
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
@@ -37,7 +37,7 @@ from postern.data import Text, load
 from postern.errors import Unavailable
 from postern.nets import LanguageModel, consecutive_windows, train_language_model
 from postern.nets.evaluation import evaluating
-from postern.timing import times_by_turns
+from postern.timing import copies_beyond_cache, replayed, times_by_turns
 
 PAPER = Paper(
     slug="flashdecoding-pp",
@@ -405,19 +405,6 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _waiting(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """The call, on a GPU until its result is there."""
-    if device.type != "cuda":
-        return call
-
-    def call_and_wait() -> Tensor:
-        result = call()
-        torch.cuda.synchronize(device)
-        return result
-
-    return call_and_wait
-
-
 def _scatter(times: Sequence[float]) -> float:
     """Coefficient of variation, from quartiles: as large as that of the standard deviation for normal times."""
     low, middle, high = np.quantile(times, (0.25, 0.5, 0.75))
@@ -425,18 +412,19 @@ def _scatter(times: Sequence[float]) -> float:
 
 
 def _times_in_quiet(
-    calls: Mapping[Name, Callable[[], Tensor]],
+    calls: Mapping[Name, Callable[[], object]],
     repeats: int,
     *,
     warm_up: int,
     baseline: Name,
     what: str,
     run: Run,
+    each: int,
 ) -> dict[Name, list[float]]:
     """Times by turns, of a moment in which the baseline scatters little; three moments are tried."""
     scatter = 0.0
     for _ in range(3):
-        times = times_by_turns(calls, repeats, warm_up=warm_up, seed=run.seed)
+        times = times_by_turns(calls, repeats, warm_up=warm_up, seed=run.seed, each=each)
         scatter = _scatter(times[baseline])
         if scatter <= _LARGEST_SCATTER or run.scale == "smoke":
             return times
@@ -546,27 +534,27 @@ def _time_decoding(config: Decoding, length: int, heads: int, run: Run) -> dict[
     kernel: DecodingBackend = "triton" if run.device.type == "cuda" else "native"
     backends: dict[str, DecodingBackend] = {"": kernel, " in tensor operations": "torch"}
     forms: dict[str, UnifiedMax | None] = {"synchronised": None, "unified": unified}
-    calls: dict[str, Callable[[], Tensor]] = {
-        f"{form}{suffix}": partial(
-            decode_attention, query, key, value, num_splits=config.splits, unified=constant, backend=backend
-        )
+    calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        f"{form}{suffix}": partial(decode_attention, query, num_splits=config.splits, unified=constant, backend=backend)
         for suffix, backend in backends.items()
         for form, constant in forms.items()
     }
-    calls["SDPA"] = partial(F.scaled_dot_product_attention, query, key, value)
+    calls["SDPA"] = partial(F.scaled_dot_product_attention, query)
     _, recomputed = unified_decode_attention(query, key, value, unified, num_splits=config.splits, backend=kernel)
     assert not recomputed.any(), "the constant fits"
-    results = {name: call() for name, call in calls.items()}
+    results = {name: call(key, value) for name, call in calls.items()}
     for result in results.values():
         torch.testing.assert_close(result, results["SDPA"], rtol=1e-2, atol=2e-3)
-    waiting = {name: _waiting(call, run.device) for name, call in calls.items()}
+    copies = copies_beyond_cache(2 * key.nbytes, run.device) if heads == config.heads else 1
+    caches = [(key, value), *((key.clone(), value.clone()) for _ in range(copies - 1))]
     times = _times_in_quiet(
-        waiting,
+        {name: replayed([partial(call, *cache) for cache in caches], run.device) for name, call in calls.items()},
         config.repeats,
         warm_up=config.warm_up,
         baseline="synchronised",
         what=f"the synchronised form at {length} keys",
         run=run,
+        each=copies,
     )
 
     def ratios(above: str, below: str) -> list[float]:
@@ -686,14 +674,21 @@ def padding_costs_half(config: Products, run: Run) -> Metrics:
     ratios: dict[str, list[float]] = {"eight": [], "flat": []}
     for name, shape in run.progress(config.shapes().items(), "weights", total=4):
         x, weight, packed = _operands(config, shape, 8, run)
-        calls: dict[str, Callable[[], Tensor]] = {
-            "eight": partial(F.linear, x, weight),
-            "padded": partial(F.linear, F.pad(x, (0, 0, 0, 56)), weight),
-            "flat": gemm_calls(x, weight, packed)["flat"],
+        weights = copies(weight)
+        by_kernel = gemm_calls(x, weights, packed)
+        calls = {
+            "eight": by_kernel["vendor"],
+            "padded": gemm_calls(F.pad(x, (0, 0, 0, 56)), weights, packed)["vendor"],
+            "flat": by_kernel["flat"],
         }
-        waiting = {key: _waiting(call, run.device) for key, call in calls.items()}
         times = _times_in_quiet(
-            waiting, 2 * config.repeats, warm_up=5, baseline="eight", what=f"8 rows by {name}", run=run
+            calls,
+            2 * config.repeats,
+            warm_up=5,
+            baseline="eight",
+            what=f"8 rows by {name}",
+            run=run,
+            each=len(weights),
         )
         middle = {key: statistics.median(values) for key, values in times.items()}
         for key, values in ratios.items():
@@ -736,9 +731,15 @@ def _time_products(config: Products, run: Run) -> _Times:
         found[name] = {}
         for count in config.rows:
             x, weight, packed = _operands(config, shape, count, run)
-            calls = gemm_calls(x, weight, packed)
+            weights = copies(weight)
             found[name][count] = _times_in_quiet(
-                calls, config.repeats, warm_up=3, baseline="vendor", what=f"{count} rows by {name}", run=run
+                gemm_calls(x, weights, packed),
+                config.repeats,
+                warm_up=3,
+                baseline="vendor",
+                what=f"{count} rows by {name}",
+                run=run,
+                each=len(weights),
             )
     return _Times(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -43,7 +43,7 @@ from postern.nets import (
     train_language_model,
 )
 from postern.nets.language_model import rate_at
-from postern.timing import best_times
+from postern.timing import best_times, waiting
 
 PAPER = Paper(
     slug="seer-attention",
@@ -611,21 +611,13 @@ def time_prefill(config: Prefill, tokens: int, density: float, run: Run) -> dict
     def choose() -> Tensor:
         return select_blocks(gate(query, key), density=density)
 
-    def wait(call: Callable[[], object]) -> Callable[[], None]:
-        def run_and_wait() -> None:
-            call()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-
-        return run_and_wait
-
     with torch.no_grad():
         blocks = choose()
         seconds = best_times(
             {
-                "dense": wait(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True)),
-                "gate": wait(choose),
-                "sparse": wait(lambda: block_sparse_attention(query, key, value, blocks, config.block)),
+                "dense": waiting(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), run.device),
+                "gate": waiting(choose, run.device),
+                "sparse": waiting(lambda: block_sparse_attention(query, key, value, blocks, config.block), run.device),
             },
             config.repeats,
         )

@@ -28,7 +28,7 @@ from postern.attention import (
 from postern.claims import AllOf, AtMost, Difference, Metrics, Paper, Ratio, Run, Slope, Within
 from postern.nets import LanguageModel, consecutive_windows, language_model_loss, train_language_model
 from postern.papers._corpora import Corpus, read_corpus
-from postern.timing import best_times
+from postern.timing import best_times, waiting
 
 PAPER = Paper(
     slug="transnormer",
@@ -371,10 +371,9 @@ def time_a_token_is_flat(config: LayerTimes, run: Run) -> Metrics:
         def step(tensors: Sequence[Tensor] = tensors) -> None:
             query, key, value = tensors
             torch.autograd.grad(lightning_attention(query, key, value, slopes)[0].sum(), tensors)
-            _wait(run)
 
         # as many tokens at every length, so that all have as many chances of a quiet moment
-        seconds = best_times({"": step}, config.repeats * 65_536 // length)[""]
+        seconds = best_times({"": waiting(step, run.device)}, config.repeats * 65_536 // length)[""]
         metrics[f"us_a_token_{length}"] = 1e6 * seconds / length
     return metrics
 
@@ -457,10 +456,10 @@ def tiles_beat_the_matrix_of_pairs(config: TileTimes, run: Run) -> Metrics:
 
     def step(form: LightningForm) -> None:
         torch.autograd.grad(forward(form).sum(), tensors)
-        _wait(run)
 
     metrics = {f"{name}_kept_mb": _kept(partial(forward, form)) / 2**20 for name, form in forms.items()}
-    seconds = best_times({name: partial(step, form) for name, form in forms.items()}, config.repeats)
+    calls = {name: waiting(partial(step, form), run.device) for name, form in forms.items()}
+    seconds = best_times(calls, config.repeats)
     metrics |= {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
     run.table(
         f"{config.tokens} tokens",
@@ -496,28 +495,18 @@ def _layers(config: LayerTimes, run: Run) -> tuple[GatedLinearAttention, SelfAtt
     return gated.to(run.device, config.dtype), softmax.to(run.device, config.dtype)
 
 
-def _wait(run: Run) -> None:
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-
-
 def _training_step(layer: nn.Module, x: Tensor, run: Run) -> Callable[[], None]:
     leaves = [x, *layer.parameters()]
 
-    def step() -> None:
-        torch.autograd.grad(layer(x).sum(), leaves)
-        _wait(run)
-
-    return step
+    return waiting(lambda: torch.autograd.grad(layer(x).sum(), leaves), run.device)
 
 
 def _decoding(decode: Callable[[], object], steps: int, run: Run) -> Callable[[], None]:
     def several() -> None:
         for _ in range(steps):
             decode()
-        _wait(run)
 
-    return several
+    return waiting(several, run.device)
 
 
 def _gated_decoder(layer: GatedLinearAttention, x: Tensor) -> Callable[[], Tensor]:

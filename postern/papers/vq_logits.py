@@ -32,7 +32,7 @@ from postern.heads import (
 )
 from postern.heads.vq_logits import MappingMethod
 from postern.nets import LanguageModel, consecutive_windows, evaluating, random_windows
-from postern.timing import best_times
+from postern.timing import best_times, waiting
 
 PAPER = Paper(
     slug="vq-logits",
@@ -264,14 +264,6 @@ def _time_layers(config: Layers, run: Run) -> dict[str, float]:
 def _calls(
     heads: Mapping[str, SoftmaxHead | VQLogitsHead], hidden: Tensor, target: Tensor, run: Run
 ) -> dict[str, Callable[[], None]]:
-    def timed(compute: Callable[[], object]) -> Callable[[], None]:
-        def call() -> None:
-            compute()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-
-        return call
-
     def logits(head: SoftmaxHead | VQLogitsHead) -> Callable[[], object]:
         return torch.no_grad()(lambda: head.logits(hidden))
 
@@ -284,11 +276,11 @@ def _calls(
 
     calls = {}
     for name, head in heads.items():
-        calls[f"{name} logits"] = timed(logits(head))
-        calls[f"{name} loss"] = timed(loss(head))
+        calls[f"{name} logits"] = logits(head)
+        calls[f"{name} loss"] = loss(head)
         if isinstance(head, VQLogitsHead):
-            calls[f"{name} codes"] = timed(code_logits(head))
-    return calls
+            calls[f"{name} codes"] = code_logits(head)
+    return {name: waiting(call, run.device) for name, call in calls.items()}
 
 
 # Identities ----------------------------------------------------------------------------------------------------------

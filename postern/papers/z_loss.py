@@ -34,7 +34,7 @@ from postern.papers._output_layers import (
     restoring,
     zipf_classes,
 )
-from postern.timing import best_times
+from postern.timing import best_times, waiting
 
 PAPER = Paper(
     slug="z-loss",
@@ -589,24 +589,15 @@ def _milliseconds_a_step(
 ) -> dict[str, float]:
     """Best time of a step of each; for the factored layer with the care for its numerical health."""
 
-    def timed(call: Callable[[], None]) -> Callable[[], None]:
-        def run_and_wait() -> None:
-            call()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
-
-        return run_and_wait
-
     def several() -> None:
         for _ in range(STABILIZE_EVERY):
             steps["factored"]()
 
-    seconds = best_times(
-        {name: timed(several if name == "factored" else step) for name, step in steps.items()}, repeats
-    )
+    calls = {name: waiting(several if name == "factored" else step, run.device) for name, step in steps.items()}
+    seconds = best_times(calls, repeats)
     head = layers["factored"]
     assert isinstance(head, FactoredSphericalHead)
-    seconds["factored"] += best_times({"": timed(restoring(head.layer))}, repeats)[""]
+    seconds["factored"] += best_times({"": waiting(restoring(head.layer), run.device)}, repeats)[""]
     seconds["factored"] /= STABILIZE_EVERY
     return {name: 1e3 * value for name, value in seconds.items()}
 

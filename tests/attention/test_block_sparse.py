@@ -294,6 +294,21 @@ def test_flex_attention_attends_to_what_is_kept(time):
     torch.testing.assert_close(found, block_sparse_attention(query, key, value, blocks, 4, implementation="dense"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("block", "time", "head_dim"), [(64, 1000, 64), (64, 512, 128), (48, 200, 16), (16, 77, 32)])
+def test_flex_attention_on_a_gpu(block, time, head_dim, dtype):
+    query = torch.randn(2, 4, time, head_dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, 2, 2, time, head_dim, device="cuda", dtype=dtype)
+    n = number_of_blocks(time, block)
+    blocks = (torch.rand(2, 4, n, n, device="cuda") < 0.5) | torch.eye(n, dtype=torch.bool, device="cuda")
+    exact = [x.double() for x in (query, key, value)]
+    expected = block_sparse_attention(*exact, blocks, block, implementation="dense").to(dtype)
+    for implementation in ("auto", "flex", "gather"):
+        found = block_sparse_attention(query, key, value, blocks, block, implementation=implementation)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=3e-2 if dtype == torch.bfloat16 else 5e-3)
+
+
 def test_with_all_blocks_it_is_attention():
     query, key, value = heads(37)
     blocks = torch.ones(2, 4, 5, 5, dtype=torch.bool)

@@ -160,3 +160,28 @@ def test_rejects_other_tokens(name):
         layer(torch.zeros(1, 3, WIDTH, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"mask.*boolean.*torch\.float32"):
         layer(torch.zeros(1, 3, WIDTH), torch.ones(1, 3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU")
+@pytest.mark.parametrize(
+    ("name", "is_causal"), [(name, direction) for name, layer in LAYERS.items() for direction in layer.directions]
+)
+def test_a_gpu_gives_the_same_with_gradients_and_by_steps(name, is_causal):
+    layer = LAYERS[name].build(is_causal=is_causal).double().eval()
+    x, time = tokens(), TIME
+    mask = torch.ones(2, time, dtype=torch.bool)
+    mask[0, :2] = False
+    expected = layer(x, mask)
+    gradients = torch.autograd.grad(expected.sin().sum(), [p for p in layer.parameters() if p.requires_grad])
+    on_gpu = copy.deepcopy(layer).to("cuda", torch.float32)
+    x, mask = x.to("cuda", torch.float32), mask.cuda()
+    found = on_gpu(x, mask)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-3, atol=1e-4)
+    others = torch.autograd.grad(found.sin().sum(), [p for p in on_gpu.parameters() if p.requires_grad])
+    for ours, theirs in zip(others, gradients, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-3, atol=1e-3)
+    if is_causal:
+        cache = on_gpu.new_cache()
+        with torch.no_grad():
+            steps = [on_gpu(x[:, t : t + 1], mask[:, : t + 1], cache=cache) for t in range(time)]
+        torch.testing.assert_close(torch.cat(steps, 1), found, rtol=1e-3, atol=1e-4)

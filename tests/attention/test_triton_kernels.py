@@ -1,4 +1,7 @@
-"""The Triton kernels, in Triton's interpreter on the CPU: in a process of its own, as the choice is made at import."""
+"""The Triton kernels: on a GPU if there is one, else in Triton's interpreter, which is chosen when Triton is imported.
+
+Either way in a process of its own.
+"""
 
 import importlib.util
 import os
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -20,11 +24,11 @@ for dtype, (heads, kv_heads, head_dim, value_dim, keys) in itertools.product(
     (torch.float32, torch.bfloat16, torch.float16),
     ((2, 2, 16, 16, 70), (4, 2, 24, 20, 133), (1, 1, 64, 64, 5)),
 ):
-    query = torch.randn(2, heads, 1, head_dim).to(dtype)
-    key = torch.randn(2, kv_heads, keys, head_dim).to(dtype)
-    value = torch.randn(2, keys, kv_heads, value_dim).to(dtype).transpose(1, 2)  # strides of a cache by time
+    query = torch.randn(2, heads, 1, head_dim).to(device, dtype)
+    key = torch.randn(2, kv_heads, keys, head_dim).to(device, dtype)
+    value = torch.randn(2, keys, kv_heads, value_dim).to(device, dtype).transpose(1, 2)  # strides of a cache by time
     key[0, 0] *= 40
-    padding = torch.rand(2, keys) > 0.3
+    padding = torch.rand(2, keys, device=device) > 0.3
     padding[1] = False
     for mask in (None, padding):
         unified = UnifiedMax(1.0, -3.0, 3.0)
@@ -50,11 +54,15 @@ from torch.nn import functional as F
 from postern.attention import flat_linear
 torch.manual_seed(0)
 for rows, outputs, inputs in ((1, 40, 33), (8, 130, 70), (9, 16, 16), (70, 100, 50)):
-    for dtype in (torch.float32, torch.float16):  # the interpreter's product of bfloat16 is wrong
-        x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
+    # the interpreter's product of bfloat16 is wrong
+    for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if device == "cuda" else [])):
+        shapes = ((rows, inputs), (outputs, inputs), (outputs,))
+        x, weight, bias = (torch.randn(*shape).to(device, dtype) for shape in shapes)
+        tolerance = 1e-3 if dtype != torch.bfloat16 else 1e-2
         for b in (None, bias):
             expected = F.linear(x.double(), weight.double(), None if b is None else b.double()).to(dtype)
-            torch.testing.assert_close(flat_linear(x, weight, b, backend="triton"), expected, rtol=2e-3, atol=1e-3)
+            found = flat_linear(x, weight, b, backend="triton")
+            torch.testing.assert_close(found, expected, rtol=2 * tolerance, atol=tolerance)
     found = flat_linear(x.T.contiguous().T.float(), weight.float(), backend="triton")
     torch.testing.assert_close(found, F.linear(x.float(), weight.float()), rtol=1e-5, atol=1e-5)
 print("equal")
@@ -63,7 +71,7 @@ print("equal")
 REFUSALS = """
 import torch
 from postern.attention import decode_attention
-x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+x = torch.zeros(1, 1, 1, 4, dtype=torch.float64, device=device)
 try:
     decode_attention(x, x, x, backend="triton")
 except ValueError as error:
@@ -72,11 +80,12 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("code", [ATTENTION, PRODUCTS, REFUSALS], ids=["attention", "products", "refusals"])
-def test_in_the_interpreter(code):
+def test_in_a_process_of_its_own(code):
+    on_gpu = torch.cuda.is_available()
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"device = {'cuda' if on_gpu else 'cpu'!r}" + code],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | ({} if on_gpu else {"TRITON_INTERPRET": "1"}),
         capture_output=True,
         text=True,
         timeout=110,
