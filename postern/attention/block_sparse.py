@@ -255,7 +255,7 @@ def _fits_flex(query: Tensor, key: Tensor, value: Tensor, block: int) -> bool:
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
     n, time = blocks.shape[-1], query.shape[2]
     is_own = torch.eye(n, dtype=torch.bool, device=blocks.device)
@@ -273,7 +273,7 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
         seq_lengths=(time, time),
     )
     # tiles as large as the blocks, at most: by default they are larger than blocks of 64
-    tile = math.gcd(block, 64)
+    options: FlexKernelOptions = {"BLOCK_M": math.gcd(block, 64), "BLOCK_N": math.gcd(block, 64)}
     output: Tensor = flex_attention(
         query,
         key,
@@ -281,7 +281,7 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
         block_mask=mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
-        kernel_options={"fwd_BLOCK_M": tile, "fwd_BLOCK_N": tile},
+        kernel_options=options,
     )
     return output
 
