@@ -29,10 +29,11 @@ def check(heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -
     blocks = select_blocks(gate(query, key), density=0.3)
     found = block_sparse_attention(query, key, value, blocks, BLOCK)
     expected = block_sparse_attention(query, key, value, blocks, BLOCK, implementation="dense")
-    torch.testing.assert_close(found, expected)
+    closeness = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(found, expected, **closeness)
     everything = torch.ones_like(blocks)
     dense = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(block_sparse_attention(query, key, value, everything, BLOCK), dense)
+    torch.testing.assert_close(block_sparse_attention(query, key, value, everything, BLOCK), dense, **closeness)
 
 
 def measure(

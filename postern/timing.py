@@ -70,20 +70,23 @@ def waiting(call: Callable[[], object], device: torch.device) -> Callable[[], No
     return call_and_wait
 
 
-def replayed(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
+def replayed(
+    calls: Sequence[Callable[[], object]], device: torch.device, *, is_recorded: bool = True
+) -> Callable[[], None]:
     """All calls after each other as one, to be timed; on a GPU recorded once, as a CUDA graph, and waited for.
 
     Args:
-        calls: what to time; on a GPU they may not wait for results, nor ask for values.
+        calls: what to time.
         device: where they work.
+        is_recorded: False for calls that wait for results or ask for values on a GPU, which cannot be recorded.
     """
 
     def all_calls() -> None:
         for call in calls:
             call()
 
-    if device.type != "cuda":
-        return all_calls
+    if device.type != "cuda" or not is_recorded:
+        return waiting(all_calls, device)
     others = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     others.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(others):  # kernels are compiled, and libraries take their memory, before the recording

@@ -51,8 +51,8 @@ def block_sparse_attention(
             nothing get zeros.
         block: tokens of a block; the last may be shorter.
         scale: by default ``1 / sqrt(head_dim)``.
-        implementation: "gather"; "flex", which is `torch.nn.attention.flex_attention`, compiled when first called on a
-            GPU, and on the CPU uncompiled, without gradients and saving nothing; "dense", which masks ordinary
+        implementation: "gather"; "flex", which is `torch.nn.attention.flex_attention`, without gradients, compiled when
+            first called on a GPU, and on the CPU uncompiled and saving nothing; "dense", which masks ordinary
             attention and saves nothing either; "auto" is "flex" on a GPU, for blocks of a multiple of 16 tokens, heads
             of 16 features or more, at most 32 bits, and where no gradients are asked for, else "gather".
 
@@ -258,19 +258,24 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
     from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
     n, time = blocks.shape[-1], query.shape[2]
-    is_own = torch.eye(n, dtype=torch.bool, device=blocks.device)
-    kept = blocks & causal_blocks(n, blocks.device)
+    earlier = blocks & causal_blocks(n, blocks.device).tril(-1)
+    own = blocks.diagonal(dim1=2, dim2=3)
 
-    def allows(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return kept[batch, head, row // block, column // block] & (row >= column)
+    def is_kept(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return blocks[batch, head, row // block, column // block] & (row >= column)
 
-    # the kernel asks `allows` in the partial blocks alone, which are those on the diagonal
+    def is_earlier(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return row >= column
+
+    # The kernel reads the listed blocks alone, and asks in those on the diagonal; without it all pairs are asked for.
     mask = BlockMask.from_kv_blocks(
-        *_listed(kept & is_own),
-        *_listed(kept & ~is_own),
+        own.to(torch.int32),
+        torch.arange(n, dtype=torch.int32, device=blocks.device)[:, None].expand(*own.shape, 1),
+        *_listed(earlier),
         BLOCK_SIZE=block,
-        mask_mod=allows,
+        mask_mod=is_earlier if query.device.type == "cuda" else is_kept,
         seq_lengths=(time, time),
+        compute_q_blocks=False,  # which only the backward pass needs
     )
     # tiles as large as the blocks, at most: by default they are larger than blocks of 64
     options: FlexKernelOptions = {"BLOCK_M": math.gcd(block, 64), "BLOCK_N": math.gcd(block, 64)}
