@@ -5,8 +5,8 @@
 
 Dense attention is PyTorch's fused kernel, causal, in float32, on a GPU in bfloat16. The gate's time is that of pooling,
 projecting, scoring and choosing blocks; its weights are random, so that the blocks lie anywhere, and the two last rows
-are dense. Ideal is one over the share of blocks kept. That sparse attention is right is checked before anything is
-timed.
+are dense. On a GPU PyTorch may choose another kernel than FlashAttention, which is timed beside it. Ideal is one over
+the share of blocks kept. That sparse attention is right is checked before anything is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks._tables import CPU, Row, best_times, device_arguments, place, prepare, record
 from postern.attention import AttnGate, block_density, block_sparse_attention, select_blocks
@@ -36,6 +38,11 @@ def check(heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -
     torch.testing.assert_close(block_sparse_attention(query, key, value, everything, BLOCK), dense, **closeness)
 
 
+def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
 def measure(
     tokens: int, density: float, heads: int, head_dim: int, seconds: float, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
@@ -45,6 +52,7 @@ def measure(
     blocks = select_blocks(gate(query, key), density=density)
     names = {
         "attend": F.scaled_dot_product_attention,
+        "flash_attention": flash_attention,
         "sparse": block_sparse_attention,
         "choose": lambda: select_blocks(gate(query, key), density=density),
         "qkv": (query, key, value),
@@ -55,7 +63,7 @@ def measure(
         "dense": "attend(*qkv, is_causal=True)",
         "gate": "choose()",
         "sparse": "sparse(*qkv, blocks, size)",
-    }
+    } | ({"flash": "flash_attention(*qkv)"} if device.type == "cuda" else {})
     return best_times(statements, seconds, names, rounds=3, device=device) | {"density": block_density(blocks)}
 
 
@@ -77,18 +85,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for tokens in arguments.tokens:
         for density in arguments.densities:
             found = measure(tokens, density, heads, head_dim, arguments.seconds, device, dtype)
-            rows.append(
-                {
-                    "tokens": f"{tokens:,}",
-                    "density asked for": density,
-                    "blocks kept": found["density"],
-                    "dense, ms": 1e3 * found["dense"],
-                    "gate, ms": 1e3 * found["gate"],
-                    "sparse, ms": 1e3 * found["sparse"],
-                    "dense / (gate + sparse)": found["dense"] / (found["gate"] + found["sparse"]),
-                    "ideal": 1 / found["density"],
-                }
-            )
+            gated = found["gate"] + found["sparse"]
+            row: Row = {
+                "tokens": f"{tokens:,}",
+                "density asked for": density,
+                "blocks kept": found["density"],
+                "dense, ms": 1e3 * found["dense"],
+                "gate, ms": 1e3 * found["gate"],
+                "sparse, ms": 1e3 * found["sparse"],
+                "dense / (gate + sparse)": found["dense"] / gated,
+                "ideal": 1 / found["density"],
+            }
+            if "flash" in found:
+                row["FlashAttention / (gate + sparse)"] = found["flash"] / gated
+            rows.append(row)
     shape = f"{heads} heads of {head_dim}, blocks of {BLOCK}, {place(device)}"
     record(
         "seer_attention",

@@ -51,13 +51,13 @@ def attend(
     low: float = -math.inf,
     high: float = math.inf,
 ) -> tuple[Float[Tensor, "batch heads value_dim"], Bool[Tensor, "batch heads"]]:
-    """Attend in chunks; return the output in float32, and which rows were computed again.
+    """Attend in chunks; return the output in the dtype of the values, and which rows were computed again.
 
     Three kernels follow each other and the host waits for none: one over chunks, one that sums them, and one that
     computes again the rows whose flag is up and leaves the others at once.
 
     Args:
-        query: in float32, not scaled: what was 16 bits long is exact in a tensor core's TF32.
+        query: not scaled, in the dtype of the keys.
         key: keys.
         value: values.
         mask: true where a key may be attended to.
@@ -71,12 +71,12 @@ def attend(
     batch, heads, head_dim = query.shape
     kv_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     query = query.contiguous()
-    numerators = query.new_empty(batch, heads, num_splits, value_dim)
-    denominators = query.new_empty(batch, heads, num_splits)
-    origins = query.new_empty(batch, heads, num_splits)
-    flags = torch.empty(batch, heads, num_splits, dtype=torch.int32, device=query.device)
-    out = query.new_empty(batch, heads, value_dim)
-    recomputed = torch.empty(batch, heads, dtype=torch.int32, device=query.device)
+    numerators = query.new_empty(batch, heads, num_splits, value_dim, dtype=torch.float32)
+    denominators, origins = query.new_empty(2, batch, heads, num_splits, dtype=torch.float32)
+    flags = query.new_empty(batch, heads, num_splits, dtype=torch.int32)
+    out = value.new_empty(batch, heads, value_dim)
+    make = query.new_zeros if phi is None else query.new_empty
+    recomputed = make((batch, heads), dtype=torch.bool)
     mask_bytes = None if mask is None else mask.view(torch.uint8)
     mask_strides = (0, 0, 0) if mask is None else mask.stride()
     groups = heads // kv_heads
@@ -120,13 +120,14 @@ def attend(
         origins,
         flags,
         out,
-        recomputed,
+        recomputed.view(torch.uint8),
         num_splits,
         math.exp(-SAFE_EXPONENT),
         math.exp(SAFE_EXPONENT),
         IS_UNIFIED=phi is not None,
         VALUE_DIM=value_dim,
         VALUE_BLOCK=sizes["VALUE_BLOCK"],
+        SPLIT_BLOCK=min(32, _power_of_two(num_splits)),
     )
     if phi is not None:
         kernels["repair"][batch * heads,](
@@ -135,7 +136,7 @@ def attend(
             value,
             query if mask_bytes is None else mask_bytes,
             out,
-            recomputed,
+            recomputed.view(torch.uint8),
             keys,
             heads,
             groups,
@@ -143,7 +144,7 @@ def attend(
             BLOCK=64,
             **sizes,
         )
-    return out, recomputed.bool()
+    return out, recomputed
 
 
 def multiply(
@@ -152,8 +153,9 @@ def multiply(
     """``x W^T + bias``, for few rows, which are filled up to 8 and not to the 64 of a square tile.
 
     The weights are the operand that a tensor core takes 16 rows of, and x the one that it takes 8 columns of. A program
-    has some outputs and goes over the inputs in order, so that nothing is added by two. Where there are outputs for
-    two programs a processor, the next tile of the weights is loaded while one is multiplied.
+    has some outputs and goes over the inputs in order, so that nothing is added by two. There are two programs for each
+    of the GPU's processors, where there are outputs for so many, and each has several tiles of the weights on their
+    way: few rows wait for nothing but the weights.
 
     Args:
         x: inputs.
@@ -166,7 +168,9 @@ def multiply(
     processors = 108
     if x.device.type == "cuda":
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    block = next((size for size in (128, 64, 32) if outputs >= size * processors), 16)
+    block = next((size for size in (128, 64, 32) if outputs >= 2 * size * processors), 16)
+    row_block = min(64, max(8, _power_of_two(rows)))
+    input_block = (256 if block == 16 and row_block <= 16 else 128) * 2 // x.element_size()
     _kernels()["flat"][-(-outputs // block), -(-rows // 64)](
         x,
         weight,
@@ -178,10 +182,10 @@ def multiply(
         *x.stride(),
         *weight.stride(),
         HAS_BIAS=bias is not None,
-        ROW_BLOCK=min(64, max(8, _power_of_two(rows))),
+        ROW_BLOCK=row_block,
         OUTPUT_BLOCK=block,
-        INPUT_BLOCK=64 if x.dtype == torch.float32 else 128,
-        num_stages=3 if outputs >= 2 * block * processors else 2,
+        INPUT_BLOCK=input_block,
+        num_stages=5 if row_block <= 16 else 3,
     )
     return out
 

@@ -11,9 +11,9 @@ import triton.language as tl
 def _logits(q, k, GROUP_BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     """``[groups, dim] x [keys, dim] -> [groups, keys]`` in float32."""
     if GROUP_BLOCK == 1:
-        products = tl.sum(q * k.to(tl.float32), axis=1)[None, :]
+        products = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :]
     else:
-        products = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     return products
 
 
@@ -147,34 +147,45 @@ def combine(
     IS_UNIFIED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
 ):
     """Sum the chunks of one row, and raise its flag where the unified maximum does not fit it."""
     row = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, VALUE_BLOCK)
-    place = row * num_splits
     top = -3.4028234663852886e38
     leaves = 0
-    for split in range(num_splits):
-        top = tl.maximum(top, tl.load(origins + place + split))
-        leaves = tl.maximum(leaves, tl.load(flags + place + split))
     numerator = tl.zeros((VALUE_BLOCK,), tl.float32)
     denominator = 0.0
-    for split in range(num_splits):
-        part = tl.load(numerators + (place + split) * VALUE_DIM + e, mask=e < VALUE_DIM, other=0.0)
-        total = tl.load(denominators + place + split)
-        if not IS_UNIFIED:
-            factor = tl.exp(tl.load(origins + place + split) - top)
-            part = part * factor
-            total = total * factor
-        numerator += part
-        denominator += total
+    for start in range(0, num_splits, SPLIT_BLOCK):
+        split = start + tl.arange(0, SPLIT_BLOCK)
+        is_split = split < num_splits
+        place = row * num_splits + split
+        parts = tl.load(
+            numerators + place[:, None] * VALUE_DIM + e[None, :],
+            mask=is_split[:, None] & (e < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        totals = tl.load(denominators + place, mask=is_split, other=0.0)
+        if IS_UNIFIED:
+            leaves = tl.maximum(leaves, tl.max(tl.load(flags + place, mask=is_split, other=0), axis=0))
+        else:
+            tops = tl.load(origins + place, mask=is_split, other=-3.4028234663852886e38)
+            higher = tl.maximum(top, tl.max(tops, axis=0))
+            factor = tl.exp(top - higher)
+            numerator = numerator * factor
+            denominator = denominator * factor
+            factors = tl.exp(tops - higher)
+            parts = parts * factors[:, None]
+            totals = totals * factors
+            top = higher
+        numerator += tl.sum(parts, axis=0)
+        denominator += tl.sum(totals, axis=0)
     if IS_UNIFIED:
         is_finite = tl.min((tl.abs(numerator) < float("inf")).to(tl.int32), axis=0)
         fits = (denominator >= least) & (denominator <= greatest) & (leaves == 0) & (is_finite == 1)
-        tl.store(recomputed + row, 1 - fits.to(tl.int32))
-    else:
-        tl.store(recomputed + row, 0)
-    tl.store(out + row * VALUE_DIM + e, numerator / tl.where(denominator == 0, 1.0, denominator), mask=e < VALUE_DIM)
+        tl.store(recomputed + row, (1 - fits.to(tl.int32)).to(tl.uint8))
+    mean = numerator / tl.where(denominator == 0, 1.0, denominator)
+    tl.store(out + row * VALUE_DIM + e, mean.to(out.dtype.element_ty), mask=e < VALUE_DIM)
 
 
 @triton.jit
@@ -214,7 +225,7 @@ def repair(
         head = row % heads
         d = tl.arange(0, HEAD_BLOCK)
         e = tl.arange(0, VALUE_BLOCK)
-        q = tl.load(query + row * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0)[None, :]
+        q = tl.load(query + row * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
         keys = key + batch * key_batch + (head // groups) * key_head
         values = value + batch * value_batch + (head // groups) * value_head
         masks = mask + batch * mask_batch + head * mask_head
@@ -244,8 +255,9 @@ def repair(
             denominator = denominator * factor + tl.sum(weights, axis=0)
             origin = greatest
         is_empty = denominator == 0
-        tl.store(out + row * VALUE_DIM + e, numerator / tl.where(is_empty, 1.0, denominator), mask=e < VALUE_DIM)
-        tl.store(recomputed + row, 1 - is_empty.to(tl.int32))
+        mean = numerator / tl.where(is_empty, 1.0, denominator)
+        tl.store(out + row * VALUE_DIM + e, mean.to(out.dtype.element_ty), mask=e < VALUE_DIM)
+        tl.store(recomputed + row, (1 - is_empty.to(tl.int32)).to(tl.uint8))
 
 
 @triton.jit

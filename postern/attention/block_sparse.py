@@ -67,9 +67,7 @@ def block_sparse_attention(
         gathered: Tensor = _gathered(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
         return gathered
     if implementation == "flex":
-        is_compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
-        flex = _compiled_flex_attention() if is_compiled else _flex_attention
-        return flex(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
+        return _flex_attention(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
     if implementation == "dense":
         time = query.shape[2]
         kept = blocks.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :time, :time]
@@ -258,28 +256,30 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
     from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
     n, time = blocks.shape[-1], query.shape[2]
-    earlier = blocks & causal_blocks(n, blocks.device).tril(-1)
-    own = blocks.diagonal(dim1=2, dim2=3)
 
     def is_kept(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return blocks[batch, head, row // block, column // block] & (row >= column)
 
-    def is_earlier(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return row >= column
-
-    # The kernel reads the listed blocks alone, and asks in those on the diagonal; without it all pairs are asked for.
+    # The kernel takes the same strides for both lists. It reads the listed blocks alone, and asks in those on the
+    # diagonal; without it all pairs are asked for.
+    counts, columns = _listed(blocks & causal_blocks(n, blocks.device).tril(-1))
+    own = torch.zeros_like(columns)
+    own[..., 0] = torch.arange(n, device=blocks.device)
     mask = BlockMask.from_kv_blocks(
-        own.to(torch.int32),
-        torch.arange(n, dtype=torch.int32, device=blocks.device)[:, None].expand(*own.shape, 1),
-        *_listed(earlier),
+        blocks.diagonal(dim1=2, dim2=3).to(torch.int32).contiguous(),
+        own,
+        counts,
+        columns,
         BLOCK_SIZE=block,
-        mask_mod=is_earlier if query.device.type == "cuda" else is_kept,
+        mask_mod=_is_earlier if query.device.type == "cuda" else is_kept,
         seq_lengths=(time, time),
         compute_q_blocks=False,  # which only the backward pass needs
     )
     # tiles as large as the blocks, at most: by default they are larger than blocks of 64
     options: FlexKernelOptions = {"BLOCK_M": math.gcd(block, 64), "BLOCK_N": math.gcd(block, 64)}
-    output: Tensor = flex_attention(
+    is_compiled = query.device.type == "cuda" and not torch.compiler.is_compiling()
+    attend_to: Any = _compiled_flex_attention() if is_compiled else flex_attention
+    output: Tensor = attend_to(
         query,
         key,
         value,
@@ -291,6 +291,10 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, b
     return output
 
 
+def _is_earlier(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row >= column
+
+
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row has, and all columns with those in front."""
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
@@ -299,5 +303,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    compiled: Callable[..., Tensor] = torch.compile(_flex_attention)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled

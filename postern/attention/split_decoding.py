@@ -234,21 +234,18 @@ def _run(
     """Attend; ``[batch, heads, value_dim]`` in the dtype of the values, and rows computed again ``[batch, heads]``."""
     splits = min(num_splits or _default_splits(query, key), key.shape[2])
     low, high = -math.inf if low is None else low, math.inf if high is None else high
-    # Autocast leaves these two alone.
-    wide = query.to(torch.promote_types(query.dtype, torch.float32))
-    scaled = wide * scale
-    if not scaled.numel() or not value.shape[3]:
+    if not query.numel() or not value.shape[3]:
         return value.new_zeros(*query.shape[:2], value.shape[3]), query.new_zeros(query.shape[:2], dtype=torch.bool)
+    if backend == "triton":
+        from postern.attention import _triton_kernels
+
+        return _triton_kernels.attend(query, key, value, mask, splits, scale=scale, phi=phi, low=low, high=high)
+    # Autocast leaves these two alone.
+    scaled = query.to(torch.promote_types(query.dtype, torch.float32)) * scale
     if backend == "native":
         bound = math.exp(SAFE_EXPONENT)
         limits = {"low": low, "high": high, "least_total": 1 / bound, "greatest_total": bound}
         out, recomputed = _decoding_kernels.attend(scaled, key, value, mask, splits, phi=phi, **limits)
-    elif backend == "triton":
-        from postern.attention import _triton_kernels
-
-        out, recomputed = _triton_kernels.attend(
-            wide, key, value, mask, splits, scale=scale, phi=phi, low=low, high=high
-        )
     else:
         with without_autocast(query.device):
             if phi is None:
