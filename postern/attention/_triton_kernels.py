@@ -1,4 +1,4 @@
-"""Decoding in Triton, for GPUs: split-KV attention with a unified maximum, and flat matrix products.
+"""Attention in Triton, for GPUs: split-KV decoding with a unified maximum, flat matrix products, and blocks left out.
 
 Triton is imported when a kernel is first needed, or asked for. With ``TRITON_INTERPRET=1``, set before that, Triton's
 interpreter runs the kernels on the CPU, slowly; tests do that.
@@ -190,6 +190,70 @@ def multiply(
     return out
 
 
+def attend_to_blocks(
+    query: Float[Tensor, "batch heads time head_dim"],
+    key: Float[Tensor, "batch kv_heads time head_dim"],
+    value: Float[Tensor, "batch kv_heads time value_dim"],
+    blocks: Bool[Tensor, "batch heads blocks blocks"],
+    block: int,
+    scale: float,
+) -> Float[Tensor, "batch heads time value_dim"]:
+    """Causal attention of each block of queries to the blocks of keys that it keeps; without gradients.
+
+    Args:
+        query: in the dtype of the values.
+        key: likewise.
+        value: values.
+        blocks: true where a block of keys is kept.
+        block: tokens of a block; see `takes_blocks`.
+        scale: of the logits.
+    """
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    batch, heads, time, head_dim = query.shape
+    value_dim, n = value.shape[3], blocks.shape[-1]
+    earlier = (blocks & torch.ones(n, n, dtype=torch.bool, device=blocks.device).tril(-1)).flatten()
+    counts = earlier.view(-1, n).sum(-1)
+    out = value.new_empty(batch, heads, time, value_dim)
+    _kernels()["block_sparse"][n, batch * heads](
+        query,
+        key,
+        value,
+        out,
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        earlier.nonzero()[:, 0] % n,
+        blocks.diagonal(dim1=2, dim2=3).contiguous().view(torch.uint8),
+        time,
+        n,
+        heads,
+        heads // key.shape[1],
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        scale,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        HEAD_BLOCK=max(16, _power_of_two(head_dim)),
+        VALUE_BLOCK=max(16, _power_of_two(value_dim)),
+        BLOCK=block,
+        PRECISION="ieee",
+        num_warps=4 if block <= 64 else 8,
+        num_stages=3 if value.element_size() == 2 else 2,
+    )
+    return out
+
+
+def takes_blocks(value: Tensor, head_dim: int, block: int) -> bool:
+    """Whether `attend_to_blocks` takes such values, queries of so many features, and blocks of so many tokens.
+
+    Args:
+        value: values.
+        head_dim: features of a query.
+        block: tokens of a block: a power of two.
+    """
+    sizes = 16 <= block <= 128 and block & (block - 1) == 0 and max(head_dim, value.shape[3]) <= 256
+    return IS_AVAILABLE and sizes and value.dtype in _FORMATS
+
+
 def _power_of_two(size: int) -> int:
     """The smallest that is no smaller."""
     return 1 << max(0, size - 1).bit_length()
@@ -205,4 +269,5 @@ def _kernels() -> dict[str, Any]:
         "combine": _triton_programs.combine,
         "repair": _triton_programs.repair,
         "flat": _triton_programs.flat,
+        "block_sparse": _triton_programs.block_sparse,
     }

@@ -302,3 +302,93 @@ def flat(
         total.to(out.dtype.element_ty),
         mask=(m < rows)[None, :] & (n < outputs)[:, None],
     )
+
+
+@triton.jit
+def block_sparse(
+    query,
+    key,
+    value,
+    out,
+    first,
+    columns,
+    has_own,
+    time,
+    num_blocks,
+    heads,
+    groups,
+    query_batch,
+    query_head,
+    query_time,
+    key_batch,
+    key_head,
+    key_time,
+    value_batch,
+    value_head,
+    value_time,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of queries, which goes through the earlier blocks of keys on its list and then its own, if it is kept.
+
+    Later blocks of queries have longer lists, and the last ones may keep all; they start first.
+    """
+    index = num_blocks - 1 - tl.program_id(0)
+    unit = tl.program_id(1)
+    batch = (unit // heads).to(tl.int64)
+    head = (unit % heads).to(tl.int64)
+    kv_head = head // groups
+    row = unit.to(tl.int64) * num_blocks + index
+    step = tl.arange(0, BLOCK)
+    d = tl.arange(0, HEAD_BLOCK)
+    e = tl.arange(0, VALUE_BLOCK)
+    t = index * BLOCK + step
+    is_token = t < time
+    t = t.to(tl.int64)
+    q = tl.load(
+        query + batch * query_batch + head * query_head + t[:, None] * query_time + d[None, :],
+        mask=is_token[:, None] & (d < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    keys = key + batch * key_batch + kv_head * key_head + d[:, None]
+    values = value + batch * value_batch + kv_head * value_head + e[None, :]
+    numerator = tl.zeros((BLOCK, VALUE_BLOCK), tl.float32)
+    denominator = tl.zeros((BLOCK,), tl.float32)
+    # The lowest number, as no infinity is subtracted from another.
+    origin = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    # exp2 is what the hardware has
+    factor = scale * 1.4426950408889634
+    for place in range(tl.load(first + row), tl.load(first + row + 1)):
+        earlier = tl.load(columns + place) * BLOCK + step.to(tl.int64)
+        k = tl.load(keys + earlier[None, :] * key_time, mask=(d < HEAD_DIM)[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * factor
+        greatest = tl.maximum(origin, tl.max(logits, axis=1))
+        weights = tl.exp2(logits - greatest[:, None])
+        shrunk = tl.exp2(origin - greatest)
+        origin = greatest
+        denominator = denominator * shrunk + tl.sum(weights, axis=1)
+        v = tl.load(values + earlier[:, None] * value_time, mask=(e < VALUE_DIM)[None, :], other=0.0)
+        numerator = numerator * shrunk[:, None]
+        numerator = tl.dot(weights.to(v.dtype), v, numerator, input_precision=PRECISION)
+    if tl.load(has_own + row) != 0:
+        k = tl.load(keys + t[None, :] * key_time, mask=is_token[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * factor
+        logits = tl.where(step[:, None] >= step[None, :], logits, -3.4028234663852886e38)
+        greatest = tl.maximum(origin, tl.max(logits, axis=1))
+        weights = tl.where(step[:, None] >= step[None, :], tl.exp2(logits - greatest[:, None]), 0.0)
+        shrunk = tl.exp2(origin - greatest)
+        denominator = denominator * shrunk + tl.sum(weights, axis=1)
+        v = tl.load(values + t[:, None] * value_time, mask=is_token[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
+        numerator = numerator * shrunk[:, None]
+        numerator = tl.dot(weights.to(v.dtype), v, numerator, input_precision=PRECISION)
+    mean = numerator / tl.where(denominator == 0, 1.0, denominator)[:, None]
+    tl.store(
+        out + (unit.to(tl.int64) * time + t)[:, None] * VALUE_DIM + e[None, :],
+        mean.to(out.dtype.element_ty),
+        mask=is_token[:, None] & (e < VALUE_DIM)[None, :],
+    )

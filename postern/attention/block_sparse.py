@@ -1,8 +1,8 @@
-"""Causal attention to some blocks of keys: gathered on the CPU, FlexAttention's kernel on a GPU.
+"""Causal attention to some blocks of keys: gathered on the CPU, a Triton kernel on a GPU.
 
-Paper: "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", arXiv 2410.13276, whose kernels are Triton's.
-Here each block of queries gathers the blocks of keys that it keeps, and all that keep equally many go through PyTorch's
-fused kernel together. Time and memory follow the number of blocks kept.
+Paper: "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", arXiv 2410.13276. In Triton each block of
+queries goes through the list of the blocks of keys that it keeps. Elsewhere it gathers them, and all blocks of queries
+that keep equally many go through PyTorch's fused kernel together. Time and memory follow the number of blocks kept.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from postern.attention import _triton_kernels
 from postern.attention.attn_gate import causal_blocks
 from postern.attention.self_attention import attend
 from postern.precision import without_autocast
 
-Implementation = Literal["auto", "gather", "flex", "dense"]
+Implementation = Literal["auto", "gather", "triton", "flex", "dense"]
 
 # Gathered keys and values of one call of the fused kernel; on the CPU by thread: more leave the second-level cache,
 # fewer are not worth a call.
@@ -51,28 +52,40 @@ def block_sparse_attention(
             nothing get zeros.
         block: tokens of a block; the last may be shorter.
         scale: by default ``1 / sqrt(head_dim)``.
-        implementation: "gather"; "flex", which is `torch.nn.attention.flex_attention`, without gradients, compiled when
-            first called on a GPU, and on the CPU uncompiled and saving nothing; "dense", which masks ordinary
-            attention and saves nothing either; "auto" is "flex" on a GPU, for blocks of a multiple of 16 tokens, heads
-            of 16 features or more, at most 32 bits, and where no gradients are asked for, else "gather".
+        implementation: "gather"; "triton", a kernel for GPUs, whose gradients are those of "gather", for blocks of 16,
+            32, 64 or 128 tokens, heads of at most 256 features, and at most 32 bits; "flex", which is
+            `torch.nn.attention.flex_attention`, without gradients, compiled when first called on a GPU and slow there
+            once lengths change, and on the CPU uncompiled and saving nothing; "dense", which masks ordinary attention
+            and saves nothing either; "auto" is "triton" on a GPU, where it can be, else "gather".
 
     Raises:
-        ValueError: shapes that do not fit, blocks that are not boolean, or an unknown implementation.
+        ValueError: shapes that do not fit, blocks that are not boolean, an unknown implementation, or "triton" with
+            tensors that it does not take.
+        Unavailable: "triton" without Triton, or on the CPU.
     """
     _check(query, key, value, blocks, block)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "auto":
-        implementation = "flex" if _fits_flex(query, key, value, block) else "gather"
-    if implementation == "gather":
-        gathered: Tensor = _gathered(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
-        return gathered
+        fits = query.device.type == "cuda" and _triton_kernels.takes_blocks(value, query.shape[3], block)
+        implementation = "triton" if fits else "gather"
+    if implementation == "triton":
+        _triton_kernels.require(value)
+        if not _triton_kernels.takes_blocks(value, query.shape[3], block):
+            raise ValueError(
+                "'triton' takes blocks of 16, 32, 64 or 128 tokens and heads of at most 256 features, got blocks of "
+                f"{block} and heads of {query.shape[3]} and {value.shape[3]}"
+            )
+    if implementation in ("gather", "triton"):
+        by_triton = implementation == "triton"
+        output: Tensor = _operator(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale, by_triton)
+        return output
     if implementation == "flex":
         return _flex_attention(query.to(value.dtype), key.to(value.dtype), value, blocks, block, scale)
     if implementation == "dense":
         time = query.shape[2]
         kept = blocks.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :time, :time]
         return attend(query, key, value, kept, is_causal=True, scale=scale)
-    raise ValueError(f"implementation is 'auto', 'gather', 'flex' or 'dense', got {implementation!r}")
+    raise ValueError(f"implementation is 'auto', 'gather', 'triton', 'flex' or 'dense', got {implementation!r}")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int) -> None:
@@ -157,7 +170,11 @@ def _as_they_are(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _gather_and_attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int, scale: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int, scale: float, by_triton: bool
+) -> Tensor:
+    if by_triton:
+        return _triton_kernels.attend_to_blocks(query, key, value, blocks, block, scale)
     batch, heads, time, _ = query.shape
     q, k, v = (_as_blocks(x, block) for x in (query, key, value))
     output = v.new_zeros(len(q), block, v.shape[2])
@@ -169,7 +186,8 @@ def _gather_and_attend(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor
             q[rows].unsqueeze(1),
             _take(k, columns).view(len(rows), 1, tokens, -1),
             _take(v, columns).view(len(rows), 1, tokens, -1),
-            attn_mask=order[:, -tokens:] if has_own else None,
+            # at an address that every kernel takes
+            attn_mask=order[:, -tokens:].contiguous() if has_own else None,
             scale=scale,
         ).squeeze(1)
     return output.view(batch, heads, -1, v.shape[2])[:, :, :time].contiguous()
@@ -205,18 +223,16 @@ def _gather_and_differentiate(
 
 _LIBRARY = torch.library.Library("postern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor blocks, int block, float scale"
+_OPERATOR = "block_sparse_attention"
 for _schema, _implementation in (
-    (f"block_sparse_attention({_ARGUMENTS}) -> Tensor", _gather_and_attend),
-    (
-        f"block_sparse_attention_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-        _gather_and_differentiate,
-    ),
+    (f"{_OPERATOR}({_ARGUMENTS}, bool by_triton) -> Tensor", _attend),
+    (f"{_OPERATOR}_backward(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _gather_and_differentiate),
 ):
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(_schema.partition("(")[0], _as_they_are(_implementation), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
-_gathered = torch.ops.postern.block_sparse_attention.default
-_gathered_backward = torch.ops.postern.block_sparse_attention_backward.default
+_operator = torch.ops.postern.block_sparse_attention.default
+_backward_operator = torch.ops.postern.block_sparse_attention_backward.default
 
 
 def _output_like(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -228,28 +244,20 @@ def _gradients_like(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.block, ctx.scale = inputs
+    *tensors, ctx.block, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gathered_backward(grad, *ctx.saved_tensors, ctx.block, ctx.scale), None, None, None)
+    return (*_backward_operator(grad, *ctx.saved_tensors, ctx.block, ctx.scale), None, None, None, None)
 
 
-_OPERATOR = "postern::block_sparse_attention"
-torch.library.register_fake(_OPERATOR, _output_like, lib=_LIBRARY)
-torch.library.register_fake(f"{_OPERATOR}_backward", _gradients_like, lib=_LIBRARY)
-torch.library.register_autograd(_OPERATOR, _backward, setup_context=_save, lib=_LIBRARY)
+torch.library.register_fake(f"postern::{_OPERATOR}", _output_like, lib=_LIBRARY)
+torch.library.register_fake(f"postern::{_OPERATOR}_backward", _gradients_like, lib=_LIBRARY)
+torch.library.register_autograd(f"postern::{_OPERATOR}", _backward, setup_context=_save, lib=_LIBRARY)
 
 
 # FlexAttention -------------------------------------------------------------------------------------------------------
-
-
-def _fits_flex(query: Tensor, key: Tensor, value: Tensor, block: int) -> bool:
-    """Whether FlexAttention's kernel for GPUs takes it; its backward pass has larger tiles than most blocks."""
-    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    fits = block % 16 == 0 and min(query.shape[3], value.shape[3]) >= 16 and value.dtype != torch.float64
-    return query.device.type == "cuda" and fits and not is_tracked
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, block: int, scale: float) -> Tensor:

@@ -297,7 +297,7 @@ def test_flex_attention_attends_to_what_is_kept(time):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("block", "time", "head_dim"), [(64, 1000, 64), (64, 512, 128), (48, 200, 16), (16, 77, 32)])
-def test_flex_attention_on_a_gpu(block, time, head_dim, dtype):
+def test_all_forms_agree_on_a_gpu(block, time, head_dim, dtype):
     query = torch.randn(2, 4, time, head_dim, device="cuda", dtype=dtype)
     key, value = torch.randn(2, 2, 2, time, head_dim, device="cuda", dtype=dtype)
     n = number_of_blocks(time, block)
@@ -353,7 +353,7 @@ def test_gradcheck():
 def test_the_operator_keeps_torchs_rules():
     tensors = [x.requires_grad_() for x in heads(7)]
     blocks = select_blocks(torch.randn(2, 4, 3, 3), top_k=2)
-    torch.library.opcheck(torch.ops.postern.block_sparse_attention.default, (*tensors, blocks, 3, 0.5))
+    torch.library.opcheck(torch.ops.postern.block_sparse_attention.default, (*tensors, blocks, 3, 0.5, False))
 
 
 def test_memory_follows_the_blocks_that_are_kept():

@@ -70,18 +70,57 @@ for rows, outputs, inputs in ((1, 40, 33), (8, 130, 70), (9, 16, 16), (70, 100, 
 print("equal")
 """
 
+BLOCKS = """
+import torch
+from postern.attention import block_sparse_attention
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float16, *([torch.bfloat16] if device == "cuda" else [])):
+    for block, time, heads, kv_heads, head_dim, value_dim in (
+        (16, 77, 4, 2, 32, 32), (32, 64, 2, 2, 24, 40), (16, 5, 1, 1, 16, 16), (64, 130, 2, 1, 64, 64),
+    ):
+        query = torch.randn(2, heads, time, head_dim).to(device, dtype)
+        key = torch.randn(2, time, kv_heads, head_dim).to(device, dtype).transpose(1, 2)
+        value = torch.randn(2, kv_heads, time, value_dim).to(device, dtype)
+        tensors = [x.requires_grad_() for x in (query, key, value)]
+        n = -(-time // block)
+        blocks = torch.rand(2, heads, n, n, device=device) < 0.5
+        blocks[0, 0, -1] = False
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        expected = block_sparse_attention(*exact, blocks, block, implementation="dense", scale=0.3)
+        found = block_sparse_attention(*tensors, blocks, block, implementation="triton", scale=0.3)
+        assert found.dtype == dtype
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=16 * eps, atol=16 * eps)
+        for ours, theirs in zip(
+            torch.autograd.grad(found.double().sin().sum(), tensors),
+            torch.autograd.grad(expected.sin().sum(), exact),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours.double(), theirs, rtol=64 * eps, atol=64 * eps)
+print("equal")
+"""
+
 REFUSALS = """
 import torch
-from postern.attention import decode_attention
+from postern.attention import block_sparse_attention, decode_attention
 x = torch.zeros(1, 1, 1, 4, dtype=torch.float64, device=device)
 try:
     decode_attention(x, x, x, backend="triton")
 except ValueError as error:
-    print("equal" if "got torch.float64" in str(error) else error)
+    assert "got torch.float64" in str(error), error
+x = torch.zeros(1, 1, 48, 4, device=device)
+try:
+    blocks = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+    block_sparse_attention(x, x, x, blocks, 48, implementation="triton")
+except ValueError as error:
+    assert "got blocks of 48" in str(error), error
+    print("equal")
 """
 
 
-@pytest.mark.parametrize("code", [ATTENTION, PRODUCTS, REFUSALS], ids=["attention", "products", "refusals"])
+@pytest.mark.parametrize(
+    "code", [ATTENTION, PRODUCTS, BLOCKS, REFUSALS], ids=["attention", "products", "blocks", "refusals"]
+)
 def test_in_a_process_of_its_own(code):
     on_gpu = torch.cuda.is_available()
     done = subprocess.run(
