@@ -1,0 +1,62 @@
+"""The routers that follow the protocol: each is put through `test_routers` by its entry here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from postern.experts import DenseToSparseRouter, HashRouter, RandomRouter, RoutingContext, SoftmaxRouter
+
+WIDTH, EXPERTS, BATCH, TIME, VOCABULARY = 8, 5, 2, 7, 11
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a router is made and what may be asked of it.
+
+    Attributes:
+        build: of width `WIDTH`, for `EXPERTS`.
+        draws: whether it routes at random, in evaluation as well.
+        compile: whether it compiles to one graph in training.
+        sums_to_one: whether the weights of a token add up to 1 in evaluation.
+    """
+
+    build: Callable[[], nn.Module]
+    draws: bool = False
+    compile: bool = True
+    sums_to_one: bool = True
+
+
+ROUTERS = {
+    "softmax": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS)),
+    "switch": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS, 1, z=1e-3, bias=True), sums_to_one=False),
+    "mixtral": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS, 3, renormalises=True, temperature=0.5)),
+    "dense-to-sparse": Entry(partial(DenseToSparseRouter, WIDTH, EXPERTS), compile=False),
+    "activated": Entry(
+        partial(DenseToSparseRouter, WIDTH, EXPERTS, 1, temperature="learned", activation=torch.tanh, has_noise=False),
+        compile=False,
+    ),
+    "hash": Entry(partial(HashRouter, WIDTH, EXPERTS, VOCABULARY, 2)),
+    "random": Entry(partial(RandomRouter, WIDTH, EXPERTS, 2), draws=True),
+}
+
+
+def context(*, is_causal: bool = True, mask: torch.Tensor | None = None) -> RoutingContext:
+    """All that a router may ask for."""
+    generator = torch.Generator().manual_seed(1)
+    return RoutingContext(
+        mask=mask,
+        token_ids=torch.randint(VOCABULARY, (BATCH, TIME), generator=generator),
+        query=torch.randn(BATCH, 4, TIME, 6, generator=generator),
+        key=torch.randn(BATCH, 2, TIME, 6, generator=generator),
+        is_causal=is_causal,
+    )
+
+
+def double(found: RoutingContext) -> RoutingContext:
+    """The context in float64."""
+    assert found.query is not None
+    assert found.key is not None
+    return replace(found, query=found.query.double(), key=found.key.double())

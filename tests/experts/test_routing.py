@@ -1,0 +1,319 @@
+"""Losses, dispatch, capacity, grouped products and single routers against their definitions."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from postern.experts import (
+    Capacity,
+    DenseToSparseRouter,
+    FeedForwardExperts,
+    HashRouter,
+    LinearTemperatureSchedule,
+    MixtureOfExperts,
+    ModuleExperts,
+    RandomRouter,
+    Routing,
+    RoutingContext,
+    SoftmaxRouter,
+    TemperatureGate,
+    balance_loss,
+    dispatch,
+    evaluate_densely,
+    expert_shares,
+    grouped_mm,
+    gumbel_noise,
+    router_z_loss,
+    set_temperature,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+# -- grouped products -------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5), rest=st.integers(0, 3), aligned=st.booleans())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_row_is_multiplied_by_the_matrix_of_its_group(dtype, sizes, rest, aligned):
+    inputs, outputs = (8, 16) if aligned else (5, 3)
+    x = torch.randn(sum(sizes) + rest, inputs, dtype=dtype, requires_grad=True)
+    weight = torch.randn(len(sizes), inputs, outputs, dtype=dtype, requires_grad=True)
+    ends = torch.tensor(sizes).cumsum(0)
+    found = grouped_mm(x, weight, ends)
+    parts = [part @ w for part, w in zip(x[: sum(sizes)].split(sizes), weight, strict=True)]
+    expected = torch.cat([*parts, torch.zeros(rest, outputs, dtype=dtype)])
+    torch.testing.assert_close(found, expected)
+    # an expanded gradient, as a sum has it
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sum(), (x, weight), retain_graph=True),
+        torch.autograd.grad(expected.sum(), (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_operator_keeps_torchs_rules():
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    ends = torch.tensor([2, 5], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.postern.grouped_mm.default, (x, weight, ends))
+
+
+def test_products_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"\[3, 4\], \[2, 5, 6\] and \[2\]"):
+        grouped_mm(torch.zeros(3, 4), torch.zeros(2, 5, 6), torch.tensor([1, 3]))
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bank_computes_what_single_blocks_compute(is_gated, bias):
+    bank = FeedForwardExperts(3, 4, 6, activation=torch.tanh, is_gated=is_gated, bias=bias).double()
+    rows, ends = torch.randn(7, 4, dtype=torch.float64), torch.tensor([2, 2, 5])
+    found = bank(rows, ends)
+    for row in range(7):
+        if row >= 5:
+            assert (found[row] == 0).all()
+            continue
+        expert = 0 if row < 2 else 2
+        hidden = rows[row] @ bank.expand[expert] + (bank.expand_bias[expert] if bias else 0)
+        hidden = torch.tanh(hidden[:6]) * hidden[6:] if is_gated else torch.tanh(hidden)
+        expected = hidden @ bank.contract[expert] + (bank.contract_bias[expert] if bias else 0)
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_experts_start_as_linear_layers_do():
+    bank = FeedForwardExperts(2, 100, 400)
+    linear = torch.nn.Linear(100, 400)
+    assert bank.expand.abs().max().item() == pytest.approx(linear.weight.abs().max().item(), rel=1e-3)
+    assert bank.contract.std().item() == pytest.approx(torch.nn.Linear(400, 100).weight.std().item(), rel=0.02)
+
+
+def test_modules_serve_as_experts():
+    modules = [torch.nn.Linear(4, 4) for _ in range(3)]
+    layer = MixtureOfExperts(SoftmaxRouter(4, 3), ModuleExperts(modules)).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x)[0], evaluate_densely(layer, x))
+    with pytest.raises(ValueError, match="got none"):
+        ModuleExperts([])
+
+
+# -- dispatch ---------------------------------------------------------------------------------------------------------
+
+
+def routing_of(indices, weights=None):
+    indices = torch.tensor(indices)[None]
+    weights = torch.ones(indices.shape) if weights is None else torch.tensor(weights)[None]
+    return Routing(weights, indices, torch.zeros(()), torch.zeros(*indices.shape[:2], 3))
+
+
+def test_assignments_are_sorted_by_expert_and_stay_in_order():
+    found = dispatch(routing_of([[2, 0], [0, 1], [2, 1]]), 3)
+    assert found.order.tolist() == [1, 2, 3, 5, 0, 4]
+    assert found.ends.tolist() == [2, 4, 6]
+    assert found.num_dropped == 0
+
+
+def test_tokens_that_do_not_count_come_last():
+    context = RoutingContext(mask=torch.tensor([[True, False, True]]))
+    found = dispatch(routing_of([[2, 0], [0, 1], [2, 1]]), 3, context)
+    assert found.order.tolist() == [1, 5, 0, 4, 2, 3]
+    assert found.ends.tolist() == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("priority", "kept"), [("order", [0, 1]), ("weight", [2, 1])])
+def test_an_expert_takes_the_first_or_the_heaviest(priority, kept):
+    routing = routing_of([[0], [0], [0]], [[0.1], [0.2], [0.9]])
+    found = dispatch(routing, 3, capacity=Capacity(2.0, priority=priority))
+    assert found.order[: found.ends[-1]].tolist() == kept
+    assert found.ends.tolist() == [2, 2, 2]
+    assert found.num_dropped == 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    factor=st.floats(0.1, 3.0),
+    least=st.integers(0, 3),
+    seed=st.integers(0, 99),
+    priority=st.sampled_from(["order", "weight"]),
+)
+def test_no_expert_takes_more_than_its_capacity(factor, least, seed, priority):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(2, 6, 4, generator=generator).topk(2).indices
+    mask = torch.rand(2, 6, generator=generator) < 0.8
+    routing = Routing(torch.rand(2, 6, 2, generator=generator), indices, torch.zeros(()), torch.zeros(2, 6, 4))
+    found = dispatch(routing, 4, RoutingContext(mask=mask), Capacity(factor, least, priority))
+    assignments = 2 * int(mask.sum())
+    room = max(least, math.ceil(factor * assignments / 4))
+    wanted = torch.bincount(indices[mask].flatten(), minlength=4)
+    sizes = found.ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    assert sizes.tolist() == wanted.clamp_max(room).tolist()
+    assert found.num_dropped == assignments - sizes.sum()
+    assert sorted(found.order.tolist()) == list(range(24))
+    experts = indices.flatten()[found.order[: found.ends[-1]]]
+    assert torch.equal(experts, torch.arange(4).repeat_interleave(sizes))
+
+
+def test_dropped_assignments_add_nothing():
+    layer = MixtureOfExperts(SoftmaxRouter(4, 2, 1), FeedForwardExperts(2, 4, 8), capacity=Capacity(1.0))
+    with torch.no_grad():
+        layer.router.gate.weight.copy_(torch.tensor([[1.0] * 4, [-1.0] * 4]))
+    output, _ = layer(torch.rand(1, 6, 4))
+    assert (output[0, :3].abs().sum(-1) > 0).all()
+    assert (output[0, 3:] == 0).all()
+    with pytest.raises(ValueError, match="no dense form"):
+        evaluate_densely(layer, torch.rand(1, 6, 4))
+
+
+@pytest.mark.parametrize(("arguments", "seen"), [((0.0,), "got 0.0"), ((1.0, -1), "-1"), ((1.0, 1, "luck"), "luck")])
+def test_impossible_capacities_are_refused(arguments, seen):
+    with pytest.raises(ValueError, match=seen):
+        Capacity(*arguments)
+
+
+def test_router_and_experts_agree_on_their_number():
+    with pytest.raises(ValueError, match="knows 3 experts, but there are 2"):
+        MixtureOfExperts(SoftmaxRouter(4, 3), FeedForwardExperts(2, 4, 4))
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_balance_loss_is_least_for_an_even_load():
+    even = torch.full((6, 3), 1 / 3)
+    assert balance_loss(even, torch.tensor([[0], [1], [2], [0], [1], [2]])) == pytest.approx(1.0)
+    one = torch.tensor([1.0, 0.0, 0.0]).expand(6, 3)
+    assert balance_loss(one, torch.zeros(6, 1, dtype=torch.int64)) == pytest.approx(3.0)
+
+
+def test_losses_count_the_tokens_that_count():
+    probabilities, indices = torch.rand(2, 5, 3).softmax(-1), torch.randint(3, (2, 5, 1))
+    mask = torch.rand(2, 5) < 0.5
+    mask[0, 0] = True
+    torch.testing.assert_close(
+        balance_loss(probabilities, indices, mask), balance_loss(probabilities[mask], indices[mask])
+    )
+    logits = torch.randn(2, 5, 3)
+    torch.testing.assert_close(router_z_loss(logits, mask), logits[mask].logsumexp(-1).square().mean())
+    assert expert_shares(indices, 3, mask).sum() == pytest.approx(1.0)
+    assert torch.equal(expert_shares(indices, 3, torch.zeros_like(mask)), torch.zeros(3))
+
+
+# -- routers ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_softmax_router():
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+    router = SoftmaxRouter(6, 5, 2, temperature=0.7).double()
+    logits = x @ router.gate.weight.T / 0.7
+    best = logits.topk(2)
+    routing = router(x)
+    assert torch.equal(routing.indices, best.indices)
+    torch.testing.assert_close(routing.weights, best.values.softmax(-1))
+    whole = SoftmaxRouter(6, 5, 2, renormalises=False, temperature=0.7).double()
+    whole.load_state_dict(router.state_dict())
+    torch.testing.assert_close(whole(x).weights, logits.softmax(-1).topk(2).values)
+
+
+def test_the_gradient_of_one_expert_comes_from_its_probability():
+    router = SoftmaxRouter(6, 5, 1, balance=0.0)
+    router(torch.randn(1, 4, 6)).weights.sum().backward()
+    assert router.gate.weight.grad.abs().max() > 0
+
+
+def test_hash_experts_are_fixed_even_and_different():
+    router = HashRouter(4, 3, 12, 2)
+    assert torch.bincount(router.experts[:, 0]).tolist() == [4, 4, 4]
+    assert (router.experts[:, 0] != router.experts[:, 1]).all()
+    ids = torch.tensor([[0, 5, 0]])
+    indices = router(torch.zeros(1, 3, 4), RoutingContext(token_ids=ids)).indices
+    assert torch.equal(indices[0, 0], indices[0, 2])
+    assert torch.equal(indices, router.experts[ids])
+    with pytest.raises(ValueError, match="token_ids"):
+        router(torch.zeros(1, 3, 4))
+
+
+def test_random_experts_are_drawn_evenly():
+    indices = RandomRouter(4, 5, 2)(torch.zeros(40, 100, 4)).indices
+    shares = expert_shares(indices, 5)
+    assert (shares - 0.2).abs().max() < 0.01
+
+
+def test_gumbel_noise_draws_from_the_softmax():
+    logits = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).expand(200_000, 3)
+    drawn = torch.bincount((logits + gumbel_noise(logits)).argmax(-1), minlength=3) / len(logits)
+    torch.testing.assert_close(drawn, logits[0].softmax(-1).float(), rtol=0, atol=5e-3)
+
+
+def test_the_temperature_gate_is_what_it_says():
+    x = torch.randn(3, 4)
+    gate = TemperatureGate(4, 5, temperature=0.5, activation=torch.tanh)
+    with torch.no_grad():
+        gate.bias.normal_()
+    expected = ((torch.tanh(x @ gate.weight.T) + gate.bias) / 0.5).softmax(-1)
+    torch.testing.assert_close(gate(x), expected)
+    assert TemperatureGate(4, 5, temperature="learned").temperature.requires_grad
+    assert not gate.temperature.requires_grad
+
+
+def test_linear_scores_and_temperature_scale_together():
+    x = torch.randn(3, 4)
+    gate, other = TemperatureGate(4, 5, temperature=0.5), TemperatureGate(4, 5, temperature=1.5)
+    with torch.no_grad():
+        other.weight.copy_(3 * gate.weight)
+    torch.testing.assert_close(other(x), gate(x))
+
+
+def test_falling_temperatures_leave_fewer_experts():
+    router = DenseToSparseRouter(16, 8, 2, has_noise=False)
+    x = torch.randn(4, 10, 16)
+    schedule = LinearTemperatureSchedule(10)
+    assert [schedule(step) for step in (0, 5, 10, 20)] == pytest.approx([2.0, 1.15, 0.3, 0.3])
+    found = []
+    for step in (0, 10):
+        set_temperature(router, schedule(step))
+        found.append(router(x).indices.shape[-1])
+    set_temperature(router, 0.02)
+    found.append(router(x).indices.shape[-1])
+    assert found[0] == 8
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 2
+    assert router.eval()(x).indices.shape[-1] == 2
+
+
+def test_how_many_work_is_the_mean_number_above_the_threshold():
+    router = DenseToSparseRouter(4, 6, 1, temperature=1.0, threshold=0.2, has_noise=False)
+    x = torch.randn(2, 9, 4)
+    routing = router(x)
+    active = int((routing.probabilities > 0.2).sum(-1).double().mean())
+    assert routing.indices.shape[-1] == max(1, active)
+    torch.testing.assert_close(routing.weights, routing.probabilities.topk(max(1, active)).values)
+
+
+@pytest.mark.parametrize(
+    ("call", "seen"),
+    [
+        (lambda: SoftmaxRouter(4, 3, 4), "top_k=4"),
+        (lambda: SoftmaxRouter(4, 3, balance=-1.0), "balance=-1.0"),
+        (lambda: SoftmaxRouter(4, 3, temperature=0.0), "got 0.0"),
+        (lambda: DenseToSparseRouter(4, 3, threshold=1.0), "got 1.0"),
+        (lambda: HashRouter(4, 3, 0), "got 0"),
+        (lambda: RandomRouter(4, 0), "num_experts=0"),
+        (lambda: TemperatureGate(4, 3, temperature=-1.0), "got -1.0"),
+        (lambda: set_temperature(torch.nn.Linear(1, 1), 1.0), "Linear has no TemperatureGate"),
+        (lambda: LinearTemperatureSchedule(0), "got 0"),
+        (lambda: FeedForwardExperts(2, 0, 4), "width=0"),
+    ],
+)
+def test_impossible_settings_are_refused(call, seen):
+    with pytest.raises(ValueError, match=seen):
+        call()
