@@ -5,6 +5,7 @@ from postern.nets.bag_of_words import BagOfWords
 from postern.nets.convnet import ConvNet
 from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
+from postern.nets.expert_language_model import ExpertLanguageModel, ExpertLanguageModelLayer
 from postern.nets.language_model import (
     LanguageModel,
     LanguageModelCache,
@@ -28,6 +29,8 @@ __all__ = [
     "AgarapCNN",
     "BagOfWords",
     "ConvNet",
+    "ExpertLanguageModel",
+    "ExpertLanguageModelLayer",
     "GridDetector",
     "LanguageModel",
     "LanguageModelCache",

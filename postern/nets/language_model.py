@@ -159,14 +159,7 @@ class LanguageModel(nn.Module):
         if shares_embedding:
             self.head.weight = self.embedding.weight
         if initial_std is not None:
-            self.apply(partial(self._initialise, std=initial_std))
-
-    @staticmethod
-    def _initialise(module: nn.Module, std: float) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+            self.apply(partial(initialise, std=initial_std))
 
     def new_cache(self) -> LanguageModelCache:
         """Return an empty cache, for `forward`."""
@@ -229,6 +222,19 @@ class LanguageModel(nn.Module):
         return next_token_loss(self(tokens[:, :-1], mask), tokens)
 
 
+def initialise(module: nn.Module, std: float) -> None:
+    """Draw the weights of a linear layer or an embedding from a normal distribution; biases start at 0.
+
+    Args:
+        module: any; others stay as they are.
+        std: standard deviation.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
 def next_token_loss(
     logits: Float[Tensor, "batch time num_tokens"], tokens: Int[Tensor, "batch time+1"]
 ) -> Float[Tensor, ""]:
@@ -260,6 +266,7 @@ def train_language_model(
     clip_norm: float = 1.0,
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
+    loss: Callable[[Tensor], Tensor] | None = None,
     progress: Progress = iter,
 ) -> list[float]:
     """Train on random windows of a text with AdamW: linear warm-up, then linear decay.
@@ -279,6 +286,7 @@ def train_language_model(
         clip_norm: largest norm of the gradient.
         accumulation: parts into which a batch is split to save memory.
         autocast: a 16-bit type to compute in, where it pays.
+        loss: of windows ``[batch, context + 1]``; by default `next_token_loss` of the model's logits.
         progress: wraps the loop over the steps, to show how far it is.
 
     Returns:
@@ -310,9 +318,9 @@ def train_language_model(
         total = 0.0
         for part in windows.to(device).chunk(accumulation):
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                loss = next_token_loss(model(part[:, :-1]), part) / accumulation
-            torch.autograd.backward([loss])
-            total += loss.item()
+                found = next_token_loss(model(part[:, :-1]), part) if loss is None else loss(part)
+            torch.autograd.backward([found / accumulation])
+            total += found.item() / accumulation
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
