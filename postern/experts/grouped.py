@@ -53,12 +53,12 @@ def groups_of(ends: Int[Tensor, " groups"], num_rows: int) -> Int[Tensor, " rows
 
 
 def _is_taken(*tensors: Tensor) -> bool:
-    """Whether PyTorch's product takes them."""
+    """Whether PyTorch's product takes them, which lie by rows or by columns."""
     return all(
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.numel() > 0
-        and x.stride(-1) == 1
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        and 1 in x.stride()[-2:]
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride() if stride != 1)
         for x in tensors
     )
 
@@ -68,12 +68,14 @@ def _slices(ends: Tensor) -> list[slice]:
 
 
 def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
+    x = x.contiguous()
     with without_autocast(x.device):
         if _is_taken(x, weight) and weight.shape[2] * weight.element_size() % 16 == 0:
             output = F.grouped_mm(x, weight, offs=ends)
-            is_grouped = torch.arange(len(x), device=x.device) < ends[-1]
-            return torch.where(is_grouped[:, None], output, 0.0)
+            if x.device.type == "cpu":
+                output[int(ends[-1]) :].zero_()
+                return output
+            return output.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0.0)
         output = x.new_zeros(len(x), weight.shape[2])
         for group, rows in enumerate(_slices(ends)):
             output[rows] = x[rows] @ weight[group]

@@ -1,0 +1,132 @@
+"""A layer of experts against a loop over them and against Mixtral's, in tokens a second.
+
+    python -m benchmarks.experts [--tokens N] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K] [--seconds S]
+        [--threads N] [--device cuda]
+
+All compute the same: gated feed-forward experts without biases, behind a softmax router; their weights are copied and
+their outputs compared before anything is timed. The loop lets each expert work on its rows in turn. Mixtral's layer is
+that of Transformers, in its own loop and with its grouped products, where its version has them. A step is the forward
+and the backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from benchmarks._tables import CPU, Row, best_times, device_arguments, place, prepare, record
+from postern.experts import FeedForwardExperts, MixtureOfExperts, ModuleExperts, SoftmaxRouter
+
+
+class Expert(nn.Module):
+    """One gated block, with weights of a bank."""
+
+    def __init__(self, expand: Tensor, contract: Tensor) -> None:
+        super().__init__()
+        self.expand = nn.Parameter(expand.detach().T.clone())
+        self.contract = nn.Parameter(contract.detach().T.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, hidden = F.linear(x, self.expand).chunk(2, -1)
+        return F.linear(F.silu(gate) * hidden, self.contract)
+
+
+def mixtral(layer: MixtureOfExperts, hidden: int, top_k: int, implementation: str) -> nn.Module:
+    """Mixtral's layer with the weights of another."""
+    config = MixtralConfig(
+        hidden_size=layer.width,
+        intermediate_size=hidden,
+        num_local_experts=layer.num_experts,
+        num_experts_per_tok=top_k,
+        experts_implementation=implementation,
+    )
+    block = MixtralSparseMoeBlock(config)
+    with torch.no_grad():
+        block.gate.weight.copy_(layer.router.gate.weight)
+        block.experts.gate_up_proj.copy_(layer.experts.expand.transpose(1, 2))
+        block.experts.down_proj.copy_(layer.experts.contract.transpose(1, 2))
+    return block
+
+
+def layers(width: int, hidden: int, num_experts: int, top_k: int) -> dict[str, nn.Module]:
+    """All that are compared; the first has the weights."""
+    bank = FeedForwardExperts(num_experts, width, hidden, activation=F.silu, is_gated=True, bias=False)
+    router = SoftmaxRouter(width, num_experts, top_k, renormalises=True, balance=0.0)
+    ours = MixtureOfExperts(router, bank)
+    modules = [Expert(*weights) for weights in zip(bank.expand, bank.contract, strict=True)]
+    return {
+        "ours": ours,
+        "loop": MixtureOfExperts(router, ModuleExperts(modules)),
+        "mixtral": mixtral(ours, hidden, top_k, "eager"),
+        "mixtral_grouped": mixtral(ours, hidden, top_k, "grouped_mm"),
+    }
+
+
+def forward(layer: nn.Module, x: Tensor) -> Tensor:
+    output = layer(x)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    layer.zero_grad()
+    forward(layer, x).backward(grad)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long to time each case at least")
+    device_arguments(parser)
+    arguments = parser.parse_args(argv)
+    device = prepare(arguments)
+    dtype = torch.float32 if device == CPU else torch.bfloat16
+    rows: dict[str, list[Row]] = {"inference": [], "training step": []}
+    for num_experts in arguments.experts:
+        modules = layers(arguments.width, arguments.hidden, num_experts, arguments.top_k)
+        x = torch.randn(1, arguments.tokens, arguments.width)
+        with torch.no_grad():
+            for module in modules.values():
+                torch.testing.assert_close(forward(module, x), forward(modules["ours"], x), rtol=1e-4, atol=1e-5)
+                module.to(device, dtype)
+        x = x.to(device, dtype).requires_grad_()
+        names = {"step": step, "forward": forward, "x": x, "grad": torch.randn_like(x), "no_grad": torch.no_grad}
+        names |= modules
+        for title, statement in (("inference", "forward({}, x)"), ("training step", "step({}, x, grad)")):
+            with torch.set_grad_enabled(title != "inference"):
+                times = best_times(
+                    {name: statement.format(name) for name in modules}, arguments.seconds, names, device=device
+                )
+            rows[title].append(
+                {
+                    "experts": str(num_experts),
+                    "tokens a second": arguments.tokens / times["ours"],
+                    "as fast as the loop": times["loop"] / times["ours"],
+                    "as Mixtral's loop": times["mixtral"] / times["ours"],
+                    "as Mixtral's grouped products": times["mixtral_grouped"] / times["ours"],
+                }
+            )
+    shape = (
+        f"{arguments.tokens:,} tokens of {arguments.width}, hidden {arguments.hidden}, "
+        f"{arguments.top_k} experts a token, {str(dtype).removeprefix('torch.')}, {place(device)}"
+    )
+    record(
+        "experts",
+        "A layer of experts against loops and Mixtral's",
+        {f"{title[0].upper()}{title[1:]}, {shape}": table for title, table in rows.items()},
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()
