@@ -137,7 +137,7 @@ class Contest:
         family: the family.
         module: dotted name of the module that has this contest as ``CONTEST``.
         members: who can take part, the baseline first.
-        task: for each kind of data, what is trained on it, in one sentence.
+        task: for each kind of data that is taken, what is trained on it, in one sentence.
         quality: for each kind of data, what decides.
         costs: what else is measured of each training, such as memory; the times come besides.
         train: trains a member with every learning rate of the setting and returns its quality, the other qualities and
@@ -160,6 +160,11 @@ class Contest:
     unsuited: Callable[[Setting], Mapping[str, str]]
     shown: Mapping[str, tuple[Quantity, ...]] = field(default_factory=dict)
     paces: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def default_data(self) -> str:
+        """Embedded data that it takes."""
+        return "digits" if "images" in self.task else "python-stdlib"
 
     def member(self, name: str) -> Member:
         """The member called ``name``.

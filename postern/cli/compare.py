@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from postern.claims.comparison import Contest, Setting
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+KINDS = {"text": "a text", "table": "a table", "images": "images"}
 
 
 def complete_contest(incomplete: str) -> list[str]:
@@ -26,16 +27,20 @@ def complete_contest(incomplete: str) -> list[str]:
 
 
 def compare(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="softmax or heads.", autocompletion=complete_contest)],
-    data: Annotated[
+    family: Annotated[
         str,
+        typer.Argument(metavar="FAMILY", help="softmax, heads, attention or experts.", autocompletion=complete_contest),
+    ],
+    data: Annotated[
+        str | None,
         typer.Option(
             "--data",
             metavar="SOURCE",
             help="A text file, a table (.csv, .tsv, .parquet) with --label, a folder with one folder of images a "
-            "class, a data set that postern knows (`postern data list`), or any other of the Hub.",
+            "class, a data set that postern knows (`postern data list`), or any other of the Hub.  [default: digits, "
+            "or python-stdlib for members that take texts alone]",
         ),
-    ] = "digits",
+    ] = None,
     label: Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The column of the classes.")] = None,
     members: Annotated[
         str | None, typer.Option("--members", help="Who takes part, separated by commas.  [default: all that can]")
@@ -83,7 +88,7 @@ def compare(
         fail("--device cuda: there is no CUDA device; leave --device out")
     try:
         contest = contests.find(family)
-        setting = _setting(contest, data, label, members, budget, rates, device, quiet=as_json)
+        setting = _setting(contest, data or contest.default_data, label, members, budget, rates, device, quiet=as_json)
     except CannotCompare as error:
         fail(str(error))
     display = choose_display(as_json)
@@ -145,11 +150,15 @@ def _setting(
     if not quiet:
         for split, part in splits.items():
             typer.echo(f"{split}: {part!r}", err=True)
+    kind = kind_of(splits)
+    if kind not in contest.task:
+        taken = " or ".join(KINDS[each] for each in contest.task)
+        raise CannotCompare(f"members of {contest.family} need {taken}; {data} is {KINDS[kind]}")
     names = [member.name for member in contest.members]
     asked = [contest.member(name.strip()).name for name in members.split(",")] if members else names
     setting = Setting(
         source,
-        kind_of(splits),
+        kind,
         digest_of(splits),
         label,
         tuple(name for name in names if name in asked),

@@ -9,7 +9,7 @@ from postern.claims.comparison import CannotCompare, Contest
 
 __all__ = ["FAMILIES", "contests", "find"]
 
-FAMILIES = ("softmax", "heads", "attention")
+FAMILIES = ("softmax", "heads", "attention", "experts")
 
 
 def find(family: str) -> Contest:

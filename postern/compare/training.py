@@ -45,6 +45,9 @@ class Learner(nn.Module):
         """What the scores say of the probabilities, or None if the member gives none."""
         raise NotImplementedError
 
+    def at(self, share: float) -> None:
+        """Change what changes over the budget; called before each step with the share of it that is done."""
+
 
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
 Build = Callable[[str, Problem, float], Learner]  # member, problem, learning rate -> untrained learner
@@ -74,7 +77,7 @@ def make_contest(
         family: the family.
         module: the calling module.
         members: who can take part, the baseline first.
-        task: see `Contest`.
+        task: see `Contest`; data of a kind that it lacks is refused.
         text_quality: what decides on texts.
         build: makes a member's untrained network.
         prepare: turns the data's problem into what the networks take.
@@ -85,7 +88,7 @@ def make_contest(
         time_more: times it, and draws and tabulates what else there is to see of all members.
     """
     on_texts = (NEXT_WORD, TOP_10, CROSS_ENTROPY)
-    quality = {"text": text_quality, "table": ACCURACY, "images": ACCURACY}
+    quality = {kind: text_quality if kind == "text" else ACCURACY for kind in task}
     shown = {
         "text": tuple(each for each in on_texts if each != text_quality),
         "table": (CROSS_ENTROPY,),
@@ -138,6 +141,7 @@ class Step:
         """Take a step and return the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rate_at(min(self.done, self.steps - 1), self.steps, self.steps // 10)
+        self.learner.at(self.done / self.steps)
         self.done += 1
         inputs, target = self.problem.draw(self.generator)
         loss = self.learner.loss(inputs.to(self.device), target.to(self.device))

@@ -150,11 +150,11 @@ class LinearTemperatureSchedule:
         self.start = start
         self.end = end
 
-    def __call__(self, step: int) -> float:
+    def __call__(self, step: float) -> float:
         """Return the temperature after so many steps.
 
         Args:
-            step: from 0 on.
+            step: from 0 on; parts of a step count.
         """
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
 

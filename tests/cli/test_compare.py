@@ -52,6 +52,7 @@ def test_compares_on_a_table_of_the_users_own(table: Path, tmp_path: Path) -> No
         (["heads", "--members", "softmax"], "two members or more"),
         (["heads", "--data", "no-such-file.txt"], "no-such-file.txt"),
         (["heads", "--data", "diabetes"], "regress"),
+        (["experts", "--data", "wine"], "members of experts need a text; wine is a table"),
         (["heads", "--budget", "0"], "--budget"),
         (["heads", "--seeds", "0"], "--seeds"),
         (["heads", "--learning-rates", "fast"], "0.001,0.003"),

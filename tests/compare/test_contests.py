@@ -8,10 +8,11 @@ import torch
 from postern import compare
 from postern.claims import Run
 from postern.claims.comparison import CannotCompare, Contest, Setting
-from postern.compare import attention
+from postern.compare import attention, experts
 from postern.compare.problems import digest_of, kind_of, problem_of
 from postern.compare.transformer import Transformer
 from postern.data import load_own_splits
+from postern.experts import TemperatureGate
 from postern.papers import find
 
 
@@ -34,6 +35,9 @@ def setting(contest: Contest, data: str, steps: int = 2) -> Setting:
 def test_every_member_that_suits_trains_and_is_timed(family: str, data: str, text_file: str) -> None:
     contest = compare.find(family)
     chosen = setting(contest, text_file if data == "text" else data)
+    if chosen.kind not in contest.task:
+        assert family == "experts"
+        return
     unsuited = contest.unsuited(chosen)
     names = [name for name in chosen.members if name not in unsuited]
     quality = contest.quality[chosen.kind]
@@ -50,7 +54,9 @@ def test_every_member_that_suits_trains_and_is_timed(family: str, data: str, tex
 def test_members_are_real(family: str) -> None:
     contest = compare.find(family)
     assert contest.family == family
-    assert set(contest.task) == set(contest.quality) == {"text", "table", "images"}
+    assert set(contest.task) == set(contest.quality) <= {"text", "table", "images"}
+    kind = kind_of(load_own_splits(contest.default_data))
+    assert kind in contest.task
     for member in contest.members:
         module, _, name = member.part.rpartition(".")
         assert hasattr(__import__(module, fromlist=[name]), name)
@@ -144,3 +150,32 @@ def test_families_without_a_comparison_say_so() -> None:
     with pytest.raises(CannotCompare, match="there are: softmax, heads, attention"):
         compare.find("boxes")
     assert [contest.family for contest in compare.contests()] == list(compare.FAMILIES)
+
+
+def test_routers_are_examined_and_their_temperature_falls(text_file: str) -> None:
+    contest = compare.find("experts")
+    chosen = setting(contest, text_file, steps=4)
+    run = Run(seed=0, scale="test")
+    found = {name: contest.train(name, chosen, run) for name in ("dense", "softmax", "switch", "random")}
+    assert "load_entropy" not in found["dense"]
+    for name, active in (("softmax", 2), ("switch", 1), ("random", 2)):
+        assert found[name]["active_experts"] == active
+        assert 0 < found[name]["load_entropy"] <= 1.0001
+    assert found["random"]["load_entropy"] > 0.99
+    learner = experts.build("dense-to-sparse", experts.prepare(problem_of(chosen)), 1e-3)
+    gates = [gate for gate in learner.modules() if isinstance(gate, TemperatureGate)]
+    assert len(gates) == experts.LAYERS
+    for share, temperature in ((0.0, 2.0), (0.5, 1.15), (1.0, 0.3)):
+        learner.at(share)
+        assert all(gate.temperature.item() == pytest.approx(temperature) for gate in gates)
+
+
+def test_auxiliary_losses_count_in_training_alone(text_file: str) -> None:
+    problem = experts.prepare(problem_of(setting(compare.find("experts"), text_file)))
+    learner = experts.build("softmax", problem, 1e-3)
+    inputs, target = problem.batches("test")[0]
+    logits, routings = learner.network.route(inputs)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+    expected = plain + sum(routing.auxiliary_loss for routing in routings)
+    torch.testing.assert_close(learner.loss(inputs, target), expected)
+    torch.testing.assert_close(learner.scores(inputs), logits)
