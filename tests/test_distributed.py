@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from postern.attention import SelfAttention
-from postern.compare import attention
+from postern.compare import attention, experts
 from postern.compare.heads import ENTRIES
 from postern.compare.softmax import NORMALISERS
 
@@ -20,6 +20,7 @@ WORLD = 2
 WIDTH, CLASSES = 16, 128
 # Their docstrings say why not.
 NOT_DISTRIBUTED = {"factored-z-loss"}
+DRAWN = {"random"}  # each process draws for itself
 
 
 class HeadLoss(nn.Module):
@@ -59,6 +60,20 @@ class LayerLoss(nn.Module):
         return loss
 
 
+class ExpertsLoss(nn.Module):
+    """Routers without what they add to the loss, which depends on the batch as a whole, and a mean over the outputs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model = experts.Routed(name, CLASSES, 4)
+        self.model.eval()  # how many experts work, and noise, depend on the batch as well
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        words = (x.unflatten(1, (4, WIDTH // 4)).sum(-1).abs() * 10).long() % CLASSES
+        logits: Tensor = self.model.network(words)
+        return logits.square().mean()
+
+
 def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     for name in ENTRIES:
         if name not in NOT_DISTRIBUTED:
@@ -67,6 +82,9 @@ def modules() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         yield f"normaliser {name}", partial(NormaliserLoss, name)
     for name in attention.ENTRIES:
         yield f"attention {name}", partial(LayerLoss, name)
+    for name in experts.ENTRIES:
+        if name not in DRAWN:
+            yield f"experts {name}", partial(ExpertsLoss, name)
 
 
 def batch() -> tuple[Tensor, Tensor]:
