@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -94,13 +94,24 @@ class FeedForwardExperts(nn.Module):
         self, rows: Float[Tensor, "rows width"], ends: Int[Tensor, " num_experts"]
     ) -> Float[Tensor, "rows width"]:
         """See `Experts`."""
-        hidden = grouped_mm(rows, self.expand, ends)
+        if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._work(rows, ends, slice(None))
+        # what is hidden stays in the processor's cache, and its memory is taken again and again
+        output = torch.zeros_like(rows)
+        for experts, part in _runs(ends.tolist()):
+            output[part] = self._work(rows[part], ends[experts] - part.start, experts)
+        return output
+
+    def _work(self, rows: Tensor, ends: Tensor, experts: slice) -> Tensor:
+        """Let some of the experts work on their rows."""
+        expand, contract = self.expand[experts], self.contract[experts]
+        hidden = grouped_mm(rows, expand, ends)
         if self.expand_bias is None or self.contract_bias is None:
-            return grouped_mm(self._activate(hidden), self.contract, ends)
+            return grouped_mm(self._activate(hidden), contract, ends)
         group = groups_of(ends, len(rows))
         # one more row, for those that have no expert
-        first, second = (F.pad(bias, (0, 0, 0, 1))[group] for bias in (self.expand_bias, self.contract_bias))
-        return grouped_mm(self._activate(hidden + first), self.contract, ends) + second
+        first, second = (F.pad(bias[experts], (0, 0, 0, 1))[group] for bias in (self.expand_bias, self.contract_bias))
+        return grouped_mm(self._activate(hidden + first), contract, ends) + second
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.is_gated:
@@ -115,6 +126,15 @@ class FeedForwardExperts(nn.Module):
         """Return what the printed module says of its settings."""
         _, hidden_dim, width = self.contract.shape
         return f"num_experts={self.num_experts}, width={width}, hidden_dim={hidden_dim}, is_gated={self.is_gated}"
+
+
+def _runs(ends: list[int], least: int = 256) -> Iterator[tuple[slice, slice]]:
+    """Experts in a row that have ``least`` rows together, and these rows."""
+    first = start = 0
+    for expert, end in enumerate(ends):
+        if end - start >= least or expert == len(ends) - 1:
+            yield slice(first, expert + 1), slice(start, end)
+            first, start = expert + 1, end
 
 
 class ModuleExperts(nn.Module):

@@ -91,6 +91,16 @@ def test_a_bank_computes_what_single_blocks_compute(is_gated, bias):
         torch.testing.assert_close(found[row], expected)
 
 
+@settings(deadline=None, max_examples=20)
+@given(sizes=st.lists(st.integers(0, 400), min_size=3, max_size=3), rest=st.integers(0, 3), is_gated=st.booleans())
+def test_inference_in_parts_computes_the_same(sizes, rest, is_gated):
+    bank = FeedForwardExperts(3, 4, 8, activation=torch.tanh, is_gated=is_gated)
+    rows, ends = torch.randn(sum(sizes) + rest, 4), torch.tensor(sizes).cumsum(0)
+    with torch.no_grad():
+        found = bank(rows, ends)
+    torch.testing.assert_close(found, bank(rows, ends).detach())
+
+
 def test_experts_start_as_linear_layers_do():
     bank = FeedForwardExperts(2, 100, 400)
     linear = torch.nn.Linear(100, 400)
