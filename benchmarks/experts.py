@@ -1,6 +1,6 @@
 """A layer of experts against a loop over them and against Mixtral's, in tokens a second.
 
-    python -m benchmarks.experts [--tokens N] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K] [--seconds S]
+    python -m benchmarks.experts [--tokens 256 2048] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K] [--seconds S]
         [--threads N] [--device cuda]
 
 All compute the same: gated feed-forward experts without biases, behind a softmax router; their weights are copied and
@@ -12,6 +12,7 @@ and the backward pass.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -81,7 +82,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64])
@@ -92,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = prepare(arguments)
     dtype = torch.float32 if device == CPU else torch.bfloat16
     rows: dict[str, list[Row]] = {"inference": [], "training step": []}
-    for num_experts in arguments.experts:
+    for tokens, num_experts in itertools.product(arguments.tokens, arguments.experts):
         modules = layers(arguments.width, arguments.hidden, num_experts, arguments.top_k)
-        x = torch.randn(1, arguments.tokens, arguments.width)
+        x = torch.randn(1, tokens, arguments.width)
         with torch.no_grad():
             for module in modules.values():
                 torch.testing.assert_close(forward(module, x), forward(modules["ours"], x), rtol=1e-4, atol=1e-5)
@@ -109,15 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             rows[title].append(
                 {
+                    "tokens": f"{tokens:,}",
                     "experts": str(num_experts),
-                    "tokens a second": arguments.tokens / times["ours"],
+                    "tokens a second": tokens / times["ours"],
                     "as fast as the loop": times["loop"] / times["ours"],
                     "as Mixtral's loop": times["mixtral"] / times["ours"],
                     "as Mixtral's grouped products": times["mixtral_grouped"] / times["ours"],
                 }
             )
     shape = (
-        f"{arguments.tokens:,} tokens of {arguments.width}, hidden {arguments.hidden}, "
+        f"tokens of {arguments.width}, hidden {arguments.hidden}, "
         f"{arguments.top_k} experts a token, {str(dtype).removeprefix('torch.')}, {place(device)}"
     )
     record(

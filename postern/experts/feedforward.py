@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -95,28 +95,37 @@ class FeedForwardExperts(nn.Module):
     ) -> Float[Tensor, "rows width"]:
         """See `Experts`."""
         if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._work(rows, ends, slice(None))
+            return self._work(rows, ends, self.expand, self.contract, self.expand_bias, self.contract_bias)
         # what is hidden stays in the processor's cache, and its memory is taken again and again
         output = torch.zeros_like(rows)
+        weights = self.expand, self.contract, self.expand_bias, self.contract_bias
         for experts, part in _runs(ends.tolist()):
-            output[part] = self._work(rows[part], ends[experts] - part.start, experts)
+            these: Any = [None if weight is None else weight[experts] for weight in weights]
+            output[part] = self._work(rows[part], ends[experts] - part.start, *these)
         return output
 
-    def _work(self, rows: Tensor, ends: Tensor, experts: slice) -> Tensor:
-        """Let some of the experts work on their rows."""
-        expand, contract = self.expand[experts], self.contract[experts]
+    def _work(
+        self,
+        rows: Tensor,
+        ends: Tensor,
+        expand: Tensor,
+        contract: Tensor,
+        expand_bias: Tensor | None,
+        contract_bias: Tensor | None,
+    ) -> Tensor:
         hidden = grouped_mm(rows, expand, ends)
-        if self.expand_bias is None or self.contract_bias is None:
+        if expand_bias is None or contract_bias is None:
             return grouped_mm(self._activate(hidden), contract, ends)
         group = groups_of(ends, len(rows))
         # one more row, for those that have no expert
-        first, second = (F.pad(bias[experts], (0, 0, 0, 1))[group] for bias in (self.expand_bias, self.contract_bias))
+        first, second = (F.pad(bias, (0, 0, 0, 1))[group] for bias in (expand_bias, contract_bias))
         return grouped_mm(self._activate(hidden + first), contract, ends) + second
 
     def _activate(self, hidden: Tensor) -> Tensor:
         if self.is_gated:
             gate, hidden = hidden.chunk(2, dim=-1)
-            activated = self.activation(gate) * hidden
+            activated = self.activation(gate)
+            activated = activated * hidden if torch.is_grad_enabled() else activated.mul_(hidden)
         else:
             activated = self.activation(hidden)
         output: Tensor = self.dropout(activated)
@@ -128,7 +137,7 @@ class FeedForwardExperts(nn.Module):
         return f"num_experts={self.num_experts}, width={width}, hidden_dim={hidden_dim}, is_gated={self.is_gated}"
 
 
-def _runs(ends: list[int], least: int = 256) -> Iterator[tuple[slice, slice]]:
+def _runs(ends: list[int], least: int = 512) -> Iterator[tuple[slice, slice]]:
     """Experts in a row that have ``least`` rows together, and these rows."""
     first = start = 0
     for expert, end in enumerate(ends):

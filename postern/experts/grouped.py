@@ -1,7 +1,8 @@
 """Matrix products of rows with the matrix of their group: what experts are made of.
 
 PyTorch's `torch.nn.functional.grouped_mm` does the work where it can: in at most 32 bits, and where rows begin at
-multiples of 16 bytes. Elsewhere, e.g. in float64, each group is multiplied by itself.
+multiples of 16 bytes. Elsewhere, e.g. in float64, each group is multiplied by itself; so are the gradients of matrices
+on the CPU, where they are written into memory that is mapped in large pages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from postern._native import memory
 from postern.precision import autocast_dtype, without_autocast
 
 
@@ -38,7 +40,9 @@ def grouped_mm(
             f"{list(x.shape)}, {list(weight.shape)} and {list(ends.shape)}"
         )
     dtype = autocast_dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
-    output: Tensor = _operator(x.to(dtype), weight.to(dtype), ends.to(torch.int32))
+    is_tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    run = _operator if is_tracked or torch.compiler.is_compiling() else _multiply
+    output: Tensor = run(x.to(dtype), weight.to(dtype), ends.to(torch.int32))
     return output
 
 
@@ -86,11 +90,11 @@ def _differentiate(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tup
     grad, x = grad.contiguous(), x.contiguous()
     of_x = _multiply(grad, weight.transpose(1, 2), ends)
     with without_autocast(x.device):
-        if _is_taken(x, grad):
+        if x.device.type != "cpu" and _is_taken(x, grad):
             return of_x, F.grouped_mm(x.t(), grad, offs=ends)
-        of_weight = torch.zeros_like(weight)
+        of_weight = memory.empty(weight.shape, weight.dtype, weight.device)
         for group, rows in enumerate(_slices(ends)):
-            of_weight[group] = x[rows].t() @ grad[rows]
+            torch.mm(x[rows].t(), grad[rows], out=of_weight[group])
         return of_x, of_weight
 
 

@@ -138,8 +138,9 @@ class MixtureOfExperts(nn.Module):
         found = dispatch(routing, self.num_experts, context, self.capacity)
         top_k = routing.indices.shape[-1]
         rows = tokens.flatten(0, 1)[found.order // top_k]
-        outputs = self.experts(rows, found.ends)[found.order.argsort()].view(*tokens.shape[:2], top_k, -1)
-        return (outputs * routing.weights[..., None].to(outputs.dtype)).sum(2), routing
+        outputs = self.experts(rows, found.ends)[found.order.argsort()].view(-1, top_k, self.width)
+        weights = routing.weights.flatten(0, 1).unsqueeze(1).to(outputs.dtype)
+        return torch.bmm(weights, outputs).view(*tokens.shape[:2], -1), routing
 
 
 def evaluate_densely(

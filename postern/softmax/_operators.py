@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from postern import _native
+from postern._native import memory
 from postern.softmax import _reference
 
 # The codes of the C interface.
@@ -27,9 +28,6 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 # last cache line are written in the ordinary way.
 STREAMING_BYTES = _native.cache_bytes("last") // 2
 STREAMING_ROW_BYTES = 2048
-# Fresh memory is mapped page by page as it is written, which takes longer than a softmax; huge pages are hundreds of
-# times fewer. Below this size the C library may hand out memory that has been written before.
-HUGE_PAGES_BYTES = 1 << 25
 # The longest row that the blocked kernel takes: the second-level cache holds it and its exponentials.
 BLOCKED_ROW_BYTES = 1 << 18
 
@@ -39,16 +37,14 @@ _LIBRARY = torch.library.Library("postern", "FRAGMENT")  # type: ignore[no-untyp
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any, Any]:
+def _functions() -> tuple[Any, Any]:
     """The library's functions, with the types of their arguments."""
     library = _native.library()
     number, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
-    forward, backward, advise = library.postern_softmax, library.postern_softmax_gradient, library.postern_expect_writes
+    forward, backward = library.postern_softmax, library.postern_softmax_gradient
     forward.argtypes = [number, number, number, pointer, pointer, size, size, size, number, number]
     backward.argtypes = [number, number, pointer, pointer, pointer, size, size, number, number]
-    advise.argtypes = [pointer, size]
-    advise.restype = None
-    return forward, backward, advise
+    return forward, backward
 
 
 def _run_kernel(logits: Tensor, algorithm: str, is_log: bool, out: Tensor) -> None:
@@ -60,7 +56,7 @@ def _run_kernel(logits: Tensor, algorithm: str, is_log: bool, out: Tensor) -> No
             stride = logits.stride(0)
         else:
             logits = logits.contiguous()
-    forward, _, _ = _functions()
+    forward, _ = _functions()
     _check(
         forward(
             _ALGORITHMS[algorithm],
@@ -94,11 +90,7 @@ def _check(error: int) -> None:
 
 def empty(like: Tensor) -> Tensor:
     """A dense tensor of the same shape, dtype and device, for a kernel to write."""
-    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    num_bytes = out.numel() * out.element_size()
-    if num_bytes >= HUGE_PAGES_BYTES and out.device.type == "cpu":
-        _functions()[2](out.data_ptr(), num_bytes)
-    return out
+    return memory.empty(like.shape, like.dtype, like.device)
 
 
 def _softmax(logits: Tensor, algorithm: str, is_log: bool, backend: str, block: int) -> Tensor:
@@ -127,7 +119,7 @@ def _softmax_backward(grad: Tensor, output: Tensor, is_log: bool, backend: str) 
     if out.numel():
         grad, output = grad.contiguous(), output.contiguous()
         rows, columns = _shape(output)
-        _, backward, _ = _functions()
+        _, backward = _functions()
         _check(
             backward(
                 is_log,
@@ -148,7 +140,7 @@ def _pays_backward(output: Tensor) -> bool:
     """Whether the kernel beats torch's: in fresh memory, and on long rows that torch leaves to one thread each."""
     rows, columns = _shape(output) if output.numel() else (0, 0)
     row_bytes = columns * output.element_size()
-    if rows * row_bytes >= HUGE_PAGES_BYTES:
+    if rows * row_bytes >= memory.HUGE_PAGES_BYTES:
         return row_bytes >= STREAMING_ROW_BYTES
     return columns >= 1 << 20 and rows < torch.get_num_threads()
 

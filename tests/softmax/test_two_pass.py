@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from postern import _native
+from postern._native import memory
 from postern.errors import Unavailable
 from postern.softmax import (
     TwoPassSoftmax,
@@ -215,7 +216,7 @@ def test_writing_into_a_tensor_allocates_nothing(monkeypatch: pytest.MonkeyPatch
 def test_fresh_memory_for_large_results(monkeypatch: pytest.MonkeyPatch) -> None:
     if not _native.status().available:
         pytest.skip("no compiled kernels")
-    monkeypatch.setattr(_operators, "HUGE_PAGES_BYTES", 1 << 20)
+    monkeypatch.setattr(memory, "HUGE_PAGES_BYTES", 1 << 20)
     logits = uniform(3, 1 << 20)
     torch.testing.assert_close(two_pass_softmax(logits, backend="native"), torch.softmax(logits, -1))
 
