@@ -1,7 +1,7 @@
 """A layer of experts against a loop over them and against Mixtral's, in tokens a second.
 
-    python -m benchmarks.experts [--tokens 256 2048] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K] [--seconds S]
-        [--threads N] [--device cuda]
+    python -m benchmarks.experts [--tokens 256 2048] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K]
+        [--seconds S] [--threads N] [--device cuda]
 
 All compute the same: gated feed-forward experts without biases, behind a softmax router; their weights are copied and
 their outputs compared before anything is timed. The loop lets each expert work on its rows in turn. Mixtral's layer is
