@@ -9,8 +9,12 @@ from postern.experts.dense_to_sparse_router import (
 )
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
 from postern.experts.fixed_routers import HashRouter, RandomRouter
+from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
+from postern.experts.graph_router import TokenGraph, TokenGraphRouter
 from postern.experts.grouped import grouped_mm
+from postern.experts.hugging_face import patch_router
 from postern.experts.mixture import Capacity, Dispatch, MixtureOfExperts, dispatch, evaluate_densely
+from postern.experts.propagation import propagate, propagate_with_sdpa, related_tokens, sharpest_head
 from postern.experts.routing import (
     Router,
     Routing,
@@ -19,6 +23,8 @@ from postern.experts.routing import (
     expert_shares,
     router_z_loss,
 )
+from postern.experts.selection_entropy import entropy_bounds, load_entropy, selection_entropy
+from postern.experts.similarity import similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
 
 __all__ = [
@@ -35,14 +41,27 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingContext",
+    "RoutingRecorder",
     "SoftmaxRouter",
     "TemperatureGate",
+    "TokenGraph",
+    "TokenGraphRouter",
     "balance_loss",
     "dispatch",
+    "entropy_bounds",
     "evaluate_densely",
     "expert_shares",
     "grouped_mm",
     "gumbel_noise",
+    "load_entropy",
+    "patch_router",
+    "propagate",
+    "propagate_with_sdpa",
+    "related_tokens",
     "router_z_loss",
+    "routing_fluctuation",
+    "selection_entropy",
     "set_temperature",
+    "sharpest_head",
+    "similarity_matrix",
 ]

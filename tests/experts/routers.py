@@ -7,7 +7,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from postern.experts import DenseToSparseRouter, HashRouter, RandomRouter, RoutingContext, SoftmaxRouter
+from postern.experts import (
+    DenseToSparseRouter,
+    HashRouter,
+    RandomRouter,
+    RoutingContext,
+    SoftmaxRouter,
+    TokenGraphRouter,
+)
 
 WIDTH, EXPERTS, BATCH, TIME, VOCABULARY = 8, 5, 2, 7, 11
 
@@ -38,6 +45,28 @@ ROUTERS = {
         partial(DenseToSparseRouter, WIDTH, EXPERTS, 1, temperature="learned", activation=torch.tanh, has_noise=False),
         compile=False,
     ),
+    "similarity-aware": Entry(partial(TokenGraphRouter, WIDTH, EXPERTS)),
+    "similarity-aware-logits": Entry(
+        partial(TokenGraphRouter, WIDTH, EXPERTS, 1, mix="logits", similarity="distance", tau=4.0, z=1e-3, bias=True),
+        sums_to_one=False,
+    ),
+    "attention-aware": Entry(partial(TokenGraphRouter, WIDTH, EXPERTS, graph="attention")),
+    "attention-aware-learned-heads": Entry(
+        partial(TokenGraphRouter, WIDTH, EXPERTS, 3, graph="attention", heads="learned", num_heads=4, mix="chosen")
+    ),
+    "attention-aware-sharpest-head": Entry(
+        partial(
+            TokenGraphRouter,
+            WIDTH,
+            EXPERTS,
+            graph="attention",
+            heads="sharpest",
+            self_weight=0.0,
+            weights="own",
+            balances="own",
+        )
+    ),
+    "uniform-graph": Entry(partial(TokenGraphRouter, WIDTH, EXPERTS, graph="uniform")),
     "hash": Entry(partial(HashRouter, WIDTH, EXPERTS, VOCABULARY, 2)),
     "random": Entry(partial(RandomRouter, WIDTH, EXPERTS, 2), draws=True),
 }
