@@ -10,7 +10,7 @@ from postern.experts.dense_to_sparse_router import (
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
 from postern.experts.fixed_routers import HashRouter, RandomRouter
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
-from postern.experts.graph_router import TokenGraph, TokenGraphRouter
+from postern.experts.graph_router import Graph, GraphOptions, TokenGraph, TokenGraphRouter
 from postern.experts.grouped import grouped_mm
 from postern.experts.hugging_face import patch_router
 from postern.experts.mixture import Capacity, Dispatch, MixtureOfExperts, dispatch, evaluate_densely
@@ -24,7 +24,7 @@ from postern.experts.routing import (
     router_z_loss,
 )
 from postern.experts.selection_entropy import entropy_bounds, load_entropy, selection_entropy
-from postern.experts.similarity import similarity_matrix
+from postern.experts.similarity import Similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
 
 __all__ = [
@@ -33,6 +33,8 @@ __all__ = [
     "Dispatch",
     "Experts",
     "FeedForwardExperts",
+    "Graph",
+    "GraphOptions",
     "HashRouter",
     "LinearTemperatureSchedule",
     "MixtureOfExperts",
@@ -42,6 +44,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingRecorder",
+    "Similarity",
     "SoftmaxRouter",
     "TemperatureGate",
     "TokenGraph",

@@ -140,41 +140,48 @@ class TokenGraph(nn.Module):
                 own = torch.zeros_like(own).scatter(-1, indices, weights)
             return self._average(own, tokens, context, attention)
 
+    @torch.no_grad()
+    def matrix(
+        self,
+        tokens: Float[Tensor, "batch time width"],
+        context: RoutingContext = NO_CONTEXT,
+        attention: Float[Tensor, "batch heads time time"] | None = None,
+    ) -> Float[Tensor, "batch time time"]:
+        """Return S with the self-weight in it, whose rows add up to 1; to look at, as `forward` need not make it.
+
+        Args:
+            tokens: see `forward`, as for the next ones.
+            context: the mask, and query and key.
+            attention: in place of query and key.
+
+        Raises:
+            ValueError: see `forward`.
+        """
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        alone = torch.eye(tokens.shape[1], dtype=dtype, device=tokens.device).expand(len(tokens), -1, -1)
+        if self.graph == "none":
+            return alone
+        with without_autocast(tokens.device):
+            # an average is linear in what is averaged
+            return self._average(alone, tokens, context, attention)
+
     def _average(
         self, preferences: Tensor, tokens: Tensor, context: RoutingContext, attention: Tensor | None
     ) -> Tensor:
         if self.graph == "attention":
             average = self._attend(preferences, context, attention)
         else:
-            average = self.matrix(tokens, context).to(preferences.dtype) @ preferences
+            average = self._relate(tokens.to(preferences.dtype), context) @ preferences
         return average if self.self_weight == 0 else torch.lerp(average, preferences, self.self_weight)
 
-    def matrix(
-        self, tokens: Float[Tensor, "batch time width"], context: RoutingContext = NO_CONTEXT
-    ) -> Float[Tensor, "#batch time time"]:
-        """Return S of the graphs "similarity" and "uniform", in float32 at least; to look at, and to average with.
-
-        Args:
-            tokens: what similarity is judged by.
-            context: the mask of those that count.
-
-        Raises:
-            ValueError: another graph.
-        """
-        if self.graph not in ("similarity", "uniform"):
-            raise ValueError(f"only the graphs 'similarity' and 'uniform' have a matrix of tokens, not {self.graph!r}")
-        with without_autocast(tokens.device):
-            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            if self.graph == "uniform":
-                related = related_tokens(
-                    tokens.shape[1], context.mask, is_causal=context.is_causal, device=tokens.device
-                ).to(tokens.dtype)
-                return related / related.sum(-1, keepdim=True)
-            weight = None if self.weight is None else self.weight.to(tokens.dtype)
-            found = similarity_matrix(
-                tokens, self.similarity, self.tau, context.mask, is_causal=context.is_causal, weight=weight
-            )
-            return found if self.has_graph_gradient else found.detach()
+    def _relate(self, tokens: Tensor, context: RoutingContext) -> Tensor:
+        mask, is_causal = context.mask, context.is_causal
+        if self.graph == "uniform":
+            related = related_tokens(tokens.shape[1], mask, is_causal=is_causal, device=tokens.device).to(tokens.dtype)
+            return related / related.sum(-1, keepdim=True)
+        weight = None if self.weight is None else self.weight.to(tokens.dtype)
+        found = similarity_matrix(tokens, self.similarity, self.tau, mask, is_causal=is_causal, weight=weight)
+        return found if self.has_graph_gradient else found.detach()
 
     def _attend(self, preferences: Tensor, context: RoutingContext, attention: Tensor | None) -> Tensor:
         dtype, mask = preferences.dtype, context.mask

@@ -101,6 +101,21 @@ def test_probabilities_are_sums_over_related_tokens(tokens, attention, graph, mi
     torch.testing.assert_close(found(logits, tokens, attention=given), expected)
 
 
+@pytest.mark.parametrize("graph", ["similarity", "attention", "uniform", "none"])
+@pytest.mark.parametrize("heads", ["mean", "sharpest"])
+def test_its_matrix_is_what_it_averages_with(tokens, graph, heads):
+    found = TokenGraph(WIDTH, graph, heads=heads, self_weight=0.3)
+    mask = torch.ones(2, TIME, dtype=torch.bool)
+    mask[0, 2] = mask[1, 0] = False
+    context = RoutingContext(mask, query=torch.randn(2, 4, TIME, 3), key=torch.randn(2, 2, TIME, 3))
+    logits = torch.randn(2, TIME, EXPERTS)
+    matrix = found.matrix(tokens, context)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones(2, TIME))
+    assert (matrix.triu(1) == 0).all()
+    assert (matrix[0, 3:, 2] == 0).all()
+    torch.testing.assert_close(found(logits, tokens, context), matrix @ logits.softmax(-1))
+
+
 def test_the_token_keeps_half_beside_attention_and_nothing_beside_what_holds_itself():
     assert TokenGraph(WIDTH, "attention").self_weight == 0.5
     assert TokenGraph(WIDTH, "similarity").self_weight == TokenGraph(WIDTH, "uniform").self_weight == 0.0
@@ -208,7 +223,7 @@ def test_a_graph_alone_is_a_module(tokens, graph):
         (lambda: TokenGraphRouter(4, 3, tau=-1.0), "got -1.0"),
         (lambda: TokenGraphRouter(4, 3, self_weight=1.5), "got 1.5"),
         (lambda: TokenGraphRouter(4, 3, graph="attention", heads="learned"), "got None"),
-        (lambda: TokenGraph(4, "attention").matrix(torch.zeros(1, 2, 4)), "not 'attention'"),
+        (lambda: TokenGraph(4, "attention").matrix(torch.zeros(1, 2, 4)), "needs the attention layer"),
         (lambda: TokenGraphRouter(4, 3, graph="attention")(torch.zeros(1, 2, 4)), "needs the attention layer"),
         (
             lambda: TokenGraphRouter(4, 3, graph="attention")(
