@@ -22,6 +22,7 @@ from postern.experts import (
     RandomRouter,
     Router,
     SoftmaxRouter,
+    TokenGraphRouter,
     expert_shares,
     set_temperature,
 )
@@ -63,6 +64,8 @@ ENTRIES: Mapping[str, Entry] = {
     "activated": Entry(
         lambda words: DenseToSparseRouter(WIDTH, EXPERTS, TOP_K, temperature="learned", activation=torch.tanh)
     ),
+    "similarity": Entry(lambda words: TokenGraphRouter(WIDTH, EXPERTS, TOP_K, "similarity")),
+    "attention": Entry(lambda words: TokenGraphRouter(WIDTH, EXPERTS, TOP_K, "attention")),
     "hash": Entry(lambda words: HashRouter(WIDTH, EXPERTS, words, TOP_K)),
     "random": Entry(lambda words: RandomRouter(WIDTH, EXPERTS, TOP_K)),
 }
@@ -80,6 +83,18 @@ MEMBERS = (
         "activated",
         "the same with tanh scores and a temperature that is learnt",
         "postern.experts.DenseToSparseRouter",
+    ),
+    Member(
+        "similarity",
+        "the same as softmax, agreed on by words that are alike",
+        "postern.experts.TokenGraphRouter",
+        "graph-of-tokens-smoe",
+    ),
+    Member(
+        "attention",
+        "the same, agreed on by words that attend to each other",
+        "postern.experts.TokenGraphRouter",
+        "graph-of-tokens-smoe",
     ),
     Member("hash", "fixed experts for each word of the vocabulary", "postern.experts.HashRouter"),
     Member("random", "experts drawn anew for each word", "postern.experts.RandomRouter"),
