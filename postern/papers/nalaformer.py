@@ -440,7 +440,11 @@ def reads_pixels_better_than_linear_attention(config: Pixels, run: Run) -> Metri
         "small": Pixels(("norm-aware", "fixed-exponent", "unsigned"), 30),
     },
     seeds=5,
-    note=_FRAME + "No difference is a possible outcome: then spiky features are what helps, not the norm.",
+    note=(
+        f"{_FRAME}No difference is a possible outcome: then spiky features are what helps, not the norm. Without the "
+        "signs the layer came out 1.5 points better (0.3 to 2.6), and a fixed exponent is as good as the norm (-0.3 "
+        "points, -1.2 to +0.7): neither of the two is what helps here."
+    ),
 )
 def needs_both_the_norm_and_the_signs(config: Pixels, run: Run) -> Metrics:
     """Take away the norm, and the signs."""
@@ -542,7 +546,10 @@ _QUESTIONS = (
     holds_when=Difference("accuracy_norm_aware", "accuracy_relu", at_least=0.05),
     scales={"smoke": Recall(20, held_out=64), "small": Recall(600)},
     seeds=3,
-    note=_QUESTIONS + "On the seed of tuning, ReLU features recalled 8 pairs as well; see the claim about 16.",
+    note=(
+        f"{_QUESTIONS}With 8 pairs both recall nearly all, 94.8 and 95.3 %; features of elu, 98.1 %, and softmax, 99.5 "
+        "%, recall more. See the claim about 16."
+    ),
 )
 def recalls_better_than_relu_features(config: Recall, run: Run) -> Metrics:
     """Train one layer to fetch values."""
