@@ -1,5 +1,13 @@
 """Experts: routers that assign tokens to them, and the layer that lets them work."""
 
+from postern.experts.consistency import (
+    ConsistencyLoss,
+    ensemble_log_probs,
+    expert_agreement,
+    symmetric_kl,
+    thor_step,
+    two_passes,
+)
 from postern.experts.dense_to_sparse_router import (
     DenseToSparseRouter,
     LinearTemperatureSchedule,
@@ -26,9 +34,11 @@ from postern.experts.routing import (
 from postern.experts.selection_entropy import entropy_bounds, load_entropy, selection_entropy
 from postern.experts.similarity import Similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
+from postern.experts.stochastic_router import StochasticRouter, expert_draws
 
 __all__ = [
     "Capacity",
+    "ConsistencyLoss",
     "DenseToSparseRouter",
     "Dispatch",
     "Experts",
@@ -46,13 +56,17 @@ __all__ = [
     "RoutingRecorder",
     "Similarity",
     "SoftmaxRouter",
+    "StochasticRouter",
     "TemperatureGate",
     "TokenGraph",
     "TokenGraphRouter",
     "balance_loss",
     "dispatch",
+    "ensemble_log_probs",
     "entropy_bounds",
     "evaluate_densely",
+    "expert_agreement",
+    "expert_draws",
     "expert_shares",
     "grouped_mm",
     "gumbel_noise",
@@ -67,4 +81,7 @@ __all__ = [
     "set_temperature",
     "sharpest_head",
     "similarity_matrix",
+    "symmetric_kl",
+    "thor_step",
+    "two_passes",
 ]

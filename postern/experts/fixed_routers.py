@@ -6,14 +6,22 @@ Hash routing is that of "Hash Layers for Large Sparse Models", arXiv 2106.04426.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_sizes, check_tokens
 
 
-def _evenly(tokens: Tensor, indices: Tensor, num_experts: int) -> Routing:
-    """Equal weights for the chosen experts, and probabilities likewise."""
+def evenly(
+    tokens: Float[Tensor, "batch time width"], indices: Int[Tensor, "batch time top_k"], num_experts: int
+) -> Routing:
+    """Equal weights for the chosen experts, and probabilities likewise.
+
+    Args:
+        tokens: what is routed.
+        indices: the chosen experts, all different.
+        num_experts: how many there are.
+    """
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     weights = torch.full(indices.shape, 1 / indices.shape[-1], dtype=dtype, device=indices.device)
     probabilities = weights.new_zeros(*indices.shape[:-1], num_experts).scatter(-1, indices, weights)
@@ -59,7 +67,7 @@ class HashRouter(nn.Module):
         check_tokens(self, tokens, context)
         if context.token_ids is None:
             raise ValueError("a hash router needs the tokens' numbers: RoutingContext(token_ids=...)")
-        return _evenly(tokens, self.experts[context.token_ids], self.num_experts)
+        return evenly(tokens, self.experts[context.token_ids], self.num_experts)
 
 
 class RandomRouter(nn.Module):
@@ -89,4 +97,4 @@ class RandomRouter(nn.Module):
         """
         check_tokens(self, tokens, context)
         draws = torch.rand(*tokens.shape[:2], self.num_experts, device=tokens.device)
-        return _evenly(tokens, draws.topk(self.top_k, dim=-1).indices, self.num_experts)
+        return evenly(tokens, draws.topk(self.top_k, dim=-1).indices, self.num_experts)

@@ -13,6 +13,7 @@ from postern.experts import (
     RandomRouter,
     RoutingContext,
     SoftmaxRouter,
+    StochasticRouter,
     TokenGraphRouter,
 )
 
@@ -69,6 +70,8 @@ ROUTERS = {
     "uniform-graph": Entry(partial(TokenGraphRouter, WIDTH, EXPERTS, graph="uniform")),
     "hash": Entry(partial(HashRouter, WIDTH, EXPERTS, VOCABULARY, 2)),
     "random": Entry(partial(RandomRouter, WIDTH, EXPERTS, 2), draws=True),
+    "stochastic": Entry(partial(StochasticRouter, WIDTH, EXPERTS), draws=True),
+    "ensemble": Entry(partial(StochasticRouter, WIDTH, EXPERTS, level="ensemble"), draws=True),
 }
 
 
