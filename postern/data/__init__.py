@@ -15,6 +15,7 @@ from postern.data.scenes import Scenes, digit_scenes
 from postern.data.see_also import see_also
 from postern.data.segment_copy import segment_copies
 from postern.data.splitting import split_rows
+from postern.data.synthetic_languages import SyntheticLanguages, TranslationPairs
 from postern.data.transduction import ReversedDigits, SpelledNumbers
 from postern.data.words import Vocabulary
 
@@ -36,10 +37,12 @@ __all__ = [
     "ReversedDigits",
     "Scenes",
     "SpelledNumbers",
+    "SyntheticLanguages",
     "Table",
     "TableName",
     "Text",
     "TextName",
+    "TranslationPairs",
     "Vocabulary",
     "catalogue",
     "digit_scenes",

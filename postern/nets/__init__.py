@@ -6,6 +6,7 @@ from postern.nets.convnet import ConvNet
 from postern.nets.detector import GridDetector
 from postern.nets.evaluation import evaluating
 from postern.nets.expert_language_model import ExpertLanguageModel, ExpertLanguageModelLayer
+from postern.nets.expert_translation_model import ExpertTranslationLayer, ExpertTranslationModel
 from postern.nets.language_model import (
     LanguageModel,
     LanguageModelCache,
@@ -31,6 +32,8 @@ __all__ = [
     "ConvNet",
     "ExpertLanguageModel",
     "ExpertLanguageModelLayer",
+    "ExpertTranslationLayer",
+    "ExpertTranslationModel",
     "GridDetector",
     "LanguageModel",
     "LanguageModelCache",
