@@ -15,6 +15,7 @@ from postern.experts.dense_to_sparse_router import (
     gumbel_noise,
     set_temperature,
 )
+from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn_to_experts
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
 from postern.experts.fixed_routers import HashRouter, RandomRouter
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
@@ -56,11 +57,13 @@ __all__ = [
     "RoutingRecorder",
     "Similarity",
     "SoftmaxRouter",
+    "StochasticFeedForward",
     "StochasticRouter",
     "TemperatureGate",
     "TokenGraph",
     "TokenGraphRouter",
     "balance_loss",
+    "convert_ffn_to_experts",
     "dispatch",
     "ensemble_log_probs",
     "entropy_bounds",
