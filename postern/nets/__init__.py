@@ -20,6 +20,7 @@ from postern.nets.language_model import (
 from postern.nets.mlp import MLP
 from postern.nets.nalaformer import NALAFORMER_SIZES, NaLaFormer, NaLaFormerBlock, NaLaFormerSize
 from postern.nets.normalize import Normalize
+from postern.nets.residual_mlp import ResidualMLP
 from postern.nets.resnet import ResNet, resnet18, resnet34
 from postern.nets.token_transformer import TokenTransformer
 from postern.nets.vector_transformer import VectorTransformer
@@ -42,6 +43,7 @@ __all__ = [
     "NaLaFormerSize",
     "Normalize",
     "ResNet",
+    "ResidualMLP",
     "TokenTransformer",
     "VectorTransformer",
     "consecutive_windows",

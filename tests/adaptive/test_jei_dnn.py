@@ -1,0 +1,242 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from postern.adaptive import (
+    EarlyExitModel,
+    ExitFeatures,
+    JEIDNNTrainer,
+    exit_costs,
+    exit_losses,
+    exit_probabilities,
+    gate_loss,
+    gate_targets,
+    im_loss,
+    positive_weights,
+    replay_exits,
+)
+from postern.nets import ResidualMLP
+
+COST = torch.tensor([0.25, 0.5, 1.0])
+
+
+def test_losses_by_kind():
+    logits = [torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 3.0], [0.0, 0.0]])]
+    labels = torch.tensor([0, 1])
+    p = [each.softmax(1) for each in logits]
+    expected = torch.stack([-each[[0, 1], labels].log() for each in p], 1)
+    torch.testing.assert_close(exit_losses(logits, labels), expected)
+    assert exit_losses(logits, labels, "error").tolist() == [[0, 1], [0, 1]]  # a tie goes to the first class
+    confidence = torch.tensor([[-p[0][0, 0], 0.0], [-p[0][1, 1], 0.0]])
+    torch.testing.assert_close(exit_losses(logits, labels, "confidence"), confidence)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 5), min_size=3, max_size=3), st.floats(0, 5))
+def test_targets_against_a_loop(losses, lam):
+    targets, best = gate_targets(torch.tensor([losses], dtype=torch.float64), COST.double(), lam)
+    totals = [loss + lam * cost for loss, cost in zip(losses, COST.tolist(), strict=True)]
+    expected = totals.index(min(totals))
+    assert best.item() == expected
+    assert targets[0].tolist() == [float(gate >= expected) for gate in range(2)]
+
+
+def test_the_final_head_silences_all_gates():
+    targets, best = gate_targets(torch.tensor([[3.0, 3.0, 0.0]]), COST, 0.1)
+    assert best.item() == 2
+    assert targets.tolist() == [[0.0, 0.0]]
+
+
+def test_positive_weights_are_capped():
+    best = torch.tensor([0] * 6 + [1] * 3 + [3])
+    torch.testing.assert_close(positive_weights(best, 3), torch.tensor([4 / 6, 7 / 3, 5.0]))
+
+
+def test_gate_loss_by_hand():
+    log_odds = torch.tensor([[0.3, -1.0], [2.0, 0.5]], dtype=torch.float64)
+    targets = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    weight = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    g = torch.sigmoid(log_odds)
+    terms = [-(1 - g[0, 0]).log(), -3 * g[0, 1].log(), -2 * g[1, 0].log(), -3 * g[1, 1].log()]
+    assert gate_loss(log_odds, targets, weight).item() == pytest.approx(sum(terms).item() / 4)
+
+
+def losses_and_probabilities(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(30, 4, generator=generator, dtype=torch.float64) + 0.1
+    p_exit = exit_probabilities(torch.rand(30, 4, generator=generator, dtype=torch.float64))[0][:, :-1]
+    return losses.requires_grad_(), p_exit
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_differentiated_ratio_cancels_the_weights(seed):
+    losses, p_exit = losses_and_probabilities(seed)
+    (released,) = torch.autograd.grad(im_loss(losses, p_exit, ratio_grad=True), losses)
+    (plain,) = torch.autograd.grad(losses.mean(), losses)
+    assert im_loss(losses, p_exit, ratio_grad=True).item() == pytest.approx(losses.mean().item(), abs=1e-6)
+    assert (released - plain).abs().max() < 1e-6
+
+
+def test_a_detached_ratio_weighs_the_gradient():
+    losses, p_exit = losses_and_probabilities()
+    loss = im_loss(losses, p_exit)
+    assert loss.item() == pytest.approx(losses.mean().item(), abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss, losses)
+    ratio = losses.sum(1) / (p_exit * losses).sum(1)
+    torch.testing.assert_close(gradient, p_exit * ratio[:, None].detach() / losses.numel(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_sample_that_no_gate_takes_gives_no_gradient():
+    losses = torch.ones(2, 3, requires_grad=True)
+    loss = im_loss(losses, torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.3, 0.5]]))
+    loss.backward()
+    assert losses.grad[0].tolist() == [0, 0, 0]
+    assert (losses.grad[1] > 0).all()
+
+
+def test_the_weights_are_not_differentiated():
+    losses, p_exit = losses_and_probabilities()
+    p_exit = p_exit.clone().requires_grad_()
+    im_loss(losses, p_exit, ratio_grad=True).backward()
+    assert p_exit.grad is None
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def problem(samples=600, seed=0):
+    """Features of three exits: the first tells half of the samples, the second most, and the final head all."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (samples,), generator=generator)
+    signal = F.one_hot(labels, 3).float()
+    is_easy = torch.rand(samples, generator=generator) < 0.5
+    noise = torch.randn(3, samples, 3, generator=generator)
+    first = torch.where(is_easy[:, None], 3 * signal, torch.zeros(())) + 0.3 * noise[0]
+    second = 2 * signal + 0.5 * noise[1]
+    return ExitFeatures((first, second), 9 * signal, labels), is_easy
+
+
+def model():
+    torch.manual_seed(0)
+    backbone = ResidualMLP(2, 3, width=3, depth=3)
+    return EarlyExitModel(backbone, backbone.layers[:2], 3, widths=3)
+
+
+def trainer(exits, lam, **options):
+    generator = torch.Generator().manual_seed(0)
+    settings = {"phase_batches": 4, "gate_lr": 0.3, "head_lr": 0.1, "batch_size": 50, "generator": generator}
+    return JEIDNNTrainer(exits, lam, torch.tensor([1.0, 2.0, 4.0]), **(settings | options))
+
+
+def test_easy_samples_leave_first():
+    (train, _), (validation, is_easy) = problem(), problem(seed=1)
+    exits = model()
+    training = trainer(exits, 0.6)
+    training.warm_up(train, validation)
+    policy = training.fit(train, validation, epochs=6)
+    with torch.no_grad():
+        found = replay_exits(policy, validation.all_logits(exits))
+    assert (found[is_easy] == 0).float().mean() > 0.9
+    assert (found[~is_easy] == 0).float().mean() < 0.3
+
+
+def test_a_higher_price_makes_samples_leave_earlier():
+    (train, _), (validation, _) = problem(), problem(seed=1)
+    means = []
+    for lam in (0.0, 0.6, 20.0):
+        exits = model()
+        training = trainer(exits, lam)
+        training.warm_up(train, validation)
+        policy = training.fit(train, validation, epochs=6)
+        with torch.no_grad():
+            means.append(replay_exits(policy, validation.all_logits(exits)).double().mean().item())
+    assert means[0] > means[1] + 0.3
+    assert means[1] > means[2] + 0.3
+    assert means[2] < 0.05
+
+
+def test_warm_up_keeps_the_best():
+    (train, _), (validation, _) = problem(200), problem(200, seed=1)
+    exits = model()
+    best = trainer(exits, 0.1, head_lr=30.0).warm_up(train, validation, epochs=5)  # far too large: it gets worse
+    with torch.no_grad():
+        found = [F.cross_entropy(each, validation.labels).item() for each in validation.all_logits(exits)[:2]]
+    assert found == pytest.approx(best)
+
+
+def test_warm_up_stops_heads_that_wait():
+    (train, _), (validation, _) = problem(200), problem(200, seed=1)
+    exits = model()
+    untouched = [each.clone() for each in exits.heads.parameters()]
+    best = trainer(exits, 0.1, head_lr=1e-12).warm_up(train, validation, epochs=0)
+    assert best == [math.inf, math.inf]
+    for before, after in zip(untouched, exits.heads.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_turns():
+    """The gates have the first turn, then the classifiers; each leaves the other alone."""
+    train, _ = problem(400)
+    exits = model()
+    training = trainer(exits, 0.3, phase_batches=8)
+    heads = [each.clone() for each in exits.heads.parameters()]
+    training.fit(train, train, epochs=1)  # eight batches: the gates' turn
+    assert all(torch.equal(a, b) for a, b in zip(heads, exits.heads.parameters(), strict=True))
+    gates = [each.clone() for each in training.policy.parameters()]
+    training.fit(train, train, epochs=2)
+    assert not any(torch.equal(a, b) for a, b in zip(heads, exits.heads.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(gates, training.policy.parameters(), strict=True))
+
+
+def test_gates_alone():
+    train, _ = problem(400)
+    exits = model()
+    training = trainer(exits, 0.3, trains_heads=False)
+    heads = [each.clone() for each in exits.heads.parameters()]
+    gates = [each.clone() for each in training.policy.parameters()]
+    training.fit(train, train, epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(heads, exits.heads.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(gates, training.policy.parameters(), strict=True))
+
+
+def test_gradients_stay_on_their_side():
+    train, _ = problem(50)
+    exits = model()
+    training = trainer(exits, 0.3)
+    training.gate_step_loss(train, torch.ones(2)).backward()
+    assert all(each.grad is None for each in exits.parameters())
+    assert all(each.grad is not None for each in training.policy.parameters())
+    training.policy.zero_grad()
+    training.head_step_loss(train).backward()
+    assert all(each.grad is None for each in training.policy.parameters())
+    assert all(each.grad is not None for each in exits.heads.parameters())
+
+
+def test_costs_are_shares():
+    exits = model()
+    costs = exit_costs(exits, torch.rand(1, 2))
+    assert trainer(exits, 0.1).cost.tolist() == [0.25, 0.5, 1.0]
+    assert JEIDNNTrainer(exits, 0.1, costs).cost[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: JEIDNNTrainer(model(), 0.1, torch.tensor([1.0, 2.0])), r"\[1.0, 2.0\]"),
+        (lambda: JEIDNNTrainer(model(), 0.1, torch.tensor([2.0, 1.0, 3.0])), "rising"),
+        (lambda: trainer(model(), -1.0), "lam=-1.0"),
+        (lambda: trainer(model(), 1.0, phase_batches=0), "phase_batches=0"),
+        (lambda: trainer(model(), 1.0, target="loss"), "'loss'"),
+        (lambda: gate_targets(torch.zeros(2, 1), torch.zeros(1), 1.0), r"\[2, 1\]"),
+        (lambda: exit_losses([torch.zeros(1, 2)], torch.zeros(1, dtype=torch.long), "hinge"), "'hinge'"),
+        (lambda: ExitFeatures((torch.zeros(2, 3),), torch.zeros(2, 3), torch.zeros(3)), r"\[2, 2, 3\]"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
