@@ -29,14 +29,15 @@ def uncertainty_features(logits: Float[Tensor, "*batch classes"]) -> Float[Tenso
     if logits.shape[-1] < 2:
         raise ValueError(f"uncertainty needs two classes at least, got {logits.shape[-1]}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
-    # p^2 / sum(p^2) is the softmax of twice the logits.
-    return torch.stack([first, _entropy(logits), first - second, _entropy(2 * logits)], dim=-1)
-
-
-def _entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
+    p = log_p.exp()
+    first, second = p.topk(2, dim=-1).values.unbind(-1)
+    entropy = -(p * log_p).sum(-1)
+    # of q = p^2 / s: sum q (log s - 2 log p); s is at least 1 / classes
+    squares = p * p
+    total = squares.sum(-1)
+    sharpened = total.log() - 2 * (squares * log_p).sum(-1) / total
+    return torch.stack([first, entropy, first - second, sharpened], dim=-1)
 
 
 def gate_operations(num_classes: int) -> int:
