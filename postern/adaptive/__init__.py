@@ -2,6 +2,13 @@
 
 from postern.adaptive.calibration_error import Binning, expected_calibration_error
 from postern.adaptive.cost import count_macs, counting_macs, seconds_per_sample
+from postern.adaptive.dynamic_conv import BlockReport, DynamicConvBlock, Execution, can_be_dynamic
+from postern.adaptive.dynamic_network import (
+    DynamicNetwork,
+    convert_to_dynamic,
+    estimate_flops_reduction,
+    measure_flops_reduction,
+)
 from postern.adaptive.early_exit import DynamicOutput, EarlyExitModel, exit_costs
 from postern.adaptive.exit_conformal import ExitConformal, conformal_quantile, conformal_scores
 from postern.adaptive.exit_features import ExitFeatures, cache_exit_features
@@ -15,6 +22,7 @@ from postern.adaptive.exit_gates import (
 )
 from postern.adaptive.exit_policy import ExitPolicy, MaxProbExit, PatienceExit, replay_exits, select_exits
 from postern.adaptive.exit_thresholds import calibrate_thresholds, geometric_exit_fractions
+from postern.adaptive.ftwt import FTWTTrainer, mask_loss
 from postern.adaptive.jei_dnn import (
     ExitLoss,
     JEIDNNTrainer,
@@ -24,26 +32,38 @@ from postern.adaptive.jei_dnn import (
     im_loss,
     positive_weights,
 )
+from postern.adaptive.mask_predictor import MaskPredictor
+from postern.adaptive.mass_mask import heatmap_mass_mask, topk_uniform_mask
+from postern.adaptive.slim import largest_filters, slim_conv_net
 
 __all__ = [
     "Binning",
+    "BlockReport",
+    "DynamicConvBlock",
+    "DynamicNetwork",
     "DynamicOutput",
     "EarlyExitModel",
+    "Execution",
     "ExitConformal",
     "ExitFeatures",
     "ExitGate",
     "ExitLoss",
     "ExitPolicy",
+    "FTWTTrainer",
     "GateExit",
     "JEIDNNTrainer",
+    "MaskPredictor",
     "MaxProbExit",
     "PatienceExit",
     "cache_exit_features",
     "calibrate_thresholds",
+    "can_be_dynamic",
     "conformal_quantile",
     "conformal_scores",
+    "convert_to_dynamic",
     "count_macs",
     "counting_macs",
+    "estimate_flops_reduction",
     "exit_costs",
     "exit_decision",
     "exit_losses",
@@ -53,10 +73,16 @@ __all__ = [
     "gate_operations",
     "gate_targets",
     "geometric_exit_fractions",
+    "heatmap_mass_mask",
     "im_loss",
+    "largest_filters",
+    "mask_loss",
+    "measure_flops_reduction",
     "positive_weights",
     "replay_exits",
     "seconds_per_sample",
     "select_exits",
+    "slim_conv_net",
+    "topk_uniform_mask",
     "uncertainty_features",
 ]
