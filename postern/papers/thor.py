@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Literal
@@ -220,7 +220,7 @@ class _Trained:
 
 def _build(config: Translation, arm: Arm, languages: SyntheticLanguages, balance: float, seed: int) -> nn.Module:
     def experts(stack: str, index: int) -> MixtureOfExperts | None:
-        routers = {
+        routers: dict[str, Callable[[], Router]] = {
             "switch": lambda: SoftmaxRouter(config.width, config.experts, 1, balance=balance),
             "hash": lambda: HashRouter(config.width, config.experts, languages.num_tokens, seed=seed),
             "random": lambda: StochasticRouter(config.width, config.experts),
@@ -229,7 +229,7 @@ def _build(config: Translation, arm: Arm, languages: SyntheticLanguages, balance
         }
         if arm not in routers or index % 2:
             return None
-        router: Router = routers[arm]()
+        router = routers[arm]()
         bank = FeedForwardExperts(
             config.experts, config.width, 2 * config.width, activation=F.relu, dropout=config.dropout
         )
@@ -297,7 +297,7 @@ def _batches(
     while True:
         order = torch.randperm(len(pairs), generator=generator)
         order = order[length[order].argsort(stable=True)]
-        parts = order.split(batch_size)
+        parts = torch.split(order, batch_size)
         for index in torch.randperm(len(parts), generator=generator).tolist():
             yield _trimmed(pairs, parts[index], device)
 
@@ -312,7 +312,7 @@ def _trimmed(pairs: TranslationPairs, rows: Tensor, device: torch.device) -> tup
 
 def _test_batches(pairs: TranslationPairs, run: Run) -> list[tuple[Tensor, Tensor]]:
     order = (pairs.target != SyntheticLanguages.pad).sum(1).argsort(stable=True)
-    return [_trimmed(pairs, rows, run.device) for rows in order.split(250)]
+    return [_trimmed(pairs, rows, run.device) for rows in torch.split(order, 250)]
 
 
 @torch.no_grad()
