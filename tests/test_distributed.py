@@ -20,7 +20,7 @@ WORLD = 2
 WIDTH, CLASSES = 16, 128
 # Their docstrings say why not.
 NOT_DISTRIBUTED = {"factored-z-loss"}
-DRAWN = {"random"}  # each process draws for itself
+DRAWN = {"random", "stochastic"}  # each process draws for itself
 
 
 class HeadLoss(nn.Module):

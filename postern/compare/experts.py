@@ -14,6 +14,7 @@ from postern.claims.comparison import Member, Quantity
 from postern.compare.problems import Problem, Words
 from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
 from postern.experts import (
+    ConsistencyLoss,
     DenseToSparseRouter,
     FeedForwardExperts,
     HashRouter,
@@ -22,9 +23,11 @@ from postern.experts import (
     RandomRouter,
     Router,
     SoftmaxRouter,
+    StochasticRouter,
     TokenGraphRouter,
     expert_shares,
     set_temperature,
+    two_passes,
 )
 from postern.nets import ExpertLanguageModel
 
@@ -46,11 +49,13 @@ class Entry:
         make: makes the router of a layer, for so many different words; None for an ordinary block.
         hidden_dim: hidden width of the ordinary block.
         schedule: temperatures over the budget, of which it is 1 step; None for none.
+        alpha: weight of the agreement of two passes of each batch; None for one pass.
     """
 
     make: Callable[[int], Router] | None
     hidden_dim: int = 0
     schedule: LinearTemperatureSchedule | None = None
+    alpha: float | None = None
 
 
 ENTRIES: Mapping[str, Entry] = {
@@ -68,6 +73,7 @@ ENTRIES: Mapping[str, Entry] = {
     "attention": Entry(lambda words: TokenGraphRouter(WIDTH, EXPERTS, TOP_K, "attention")),
     "hash": Entry(lambda words: HashRouter(WIDTH, EXPERTS, words, TOP_K)),
     "random": Entry(lambda words: RandomRouter(WIDTH, EXPERTS, TOP_K)),
+    "stochastic": Entry(lambda words: StochasticRouter(WIDTH, EXPERTS), alpha=5.0),
 }
 MEMBERS = (
     Member("dense", f"no experts: a block as wide as {TOP_K} of them", "torch.nn.Linear"),
@@ -98,6 +104,12 @@ MEMBERS = (
     ),
     Member("hash", "fixed experts for each word of the vocabulary", "postern.experts.HashRouter"),
     Member("random", "experts drawn anew for each word", "postern.experts.RandomRouter"),
+    Member(
+        "stochastic",
+        "an expert drawn for each batch; two passes a step, which are to agree",
+        "postern.experts.StochasticRouter",
+        "thor",
+    ),
 )
 
 
@@ -108,6 +120,7 @@ class Routed(Learner):
         super().__init__()
         entry = ENTRIES[name]
         self.schedule = entry.schedule
+        self.consistency = None if entry.alpha is None else ConsistencyLoss(entry.alpha)
 
         def experts(layer: int) -> MixtureOfExperts | None:
             if entry.make is None:
@@ -126,7 +139,10 @@ class Routed(Learner):
             set_temperature(self.network, self.schedule(share))
 
     def loss(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy and what the routers add."""
+        """Cross-entropy and what the routers add; with two passes, the mean of theirs and of how they differ."""
+        if self.consistency is not None:
+            loss: Tensor = self.consistency(*two_passes(self.network, [inputs]), target) / 2
+            return loss
         logits, routings = self.network.route(inputs)
         auxiliary = [routing.auxiliary_loss for routing in routings]
         return torch.stack([F.cross_entropy(logits.flatten(0, 1), target.flatten()), *auxiliary]).sum()
