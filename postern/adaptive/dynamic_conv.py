@@ -185,15 +185,9 @@ class DynamicConvBlock(nn.Module):
         conv = self.conv
         assert self._folded is not None
         weight, shift = self._folded
+        reach = [conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1 for axis in range(2)]
         height, width = (
-            (
-                inputs.shape[2 + axis]
-                + 2 * int(conv.padding[axis])
-                - conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-                - 1
-            )
-            // conv.stride[axis]
-            + 1
+            (inputs.shape[2 + axis] + 2 * int(conv.padding[axis]) - reach[axis]) // conv.stride[axis] + 1
             for axis in range(2)
         )
         output = inputs.new_zeros(len(inputs), len(mask), height, width)
