@@ -141,7 +141,9 @@ def two_passes(
 ) -> tuple[Float[Tensor, "*tokens classes"], Float[Tensor, "*tokens classes"]]:
     """The logits of two passes of a batch, each with experts of its own draw.
 
-    Concatenated they are one call on twice the batch, in which everything but the experts is computed together.
+    Concatenated they are one call on twice the batch, in which everything but the experts is computed together. With
+    gradient checkpointing layers draw again in the backward pass, when this function has returned: then set
+    ``num_passes = 2`` on all `StochasticRouter` layers for good, and give no generator.
 
     Args:
         model: called with the batch; gives logits, or something that has them as ``logits`` or first. Without

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from postern.errors import MissingExtra
 from postern.experts.consistency import ConsistencyLoss, two_passes
+from postern.experts.stochastic_router import StochasticRouter
 
 try:
     from transformers import Trainer
@@ -82,6 +83,10 @@ class ThorTrainer(Trainer):  # type: ignore[misc]
         shifted = getattr(unwrapped, "prepare_decoder_input_ids_from_labels", None)
         if shifted is not None and "decoder_input_ids" not in batch:
             batch["decoder_input_ids"] = shifted(labels=labels)
+        for module in unwrapped.modules():
+            if isinstance(module, StochasticRouter):
+                # for good: with gradient checkpointing layers draw again in the backward pass
+                module.num_passes = 2 if self.is_concatenated else 1
         first, second = two_passes(model, batch, is_concatenated=self.is_concatenated)
         logits = first
         if type(unwrapped).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -93,13 +93,29 @@ def test_an_encoder_decoder_is_given_the_labels_one_place_later(tmp_path):
     torch.testing.assert_close(loss, ConsistencyLoss(2.0, label_smoothing=0.0)(first, second, inputs["labels"]))
 
 
+@pytest.mark.parametrize("is_concatenated", [True, False])
+def test_checkpointed_layers_draw_the_same_again(tmp_path, is_concatenated):
+    gradients = []
+    for is_checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = causal().train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable()
+        found = trainer(model, tmp_path, is_concatenated=is_concatenated)
+        torch.manual_seed(3)
+        found.compute_loss(model, batch()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_evaluation_is_the_trainers_own(tmp_path):
     model = causal()
     found = trainer(model, tmp_path)
     plain = transformers.Trainer(model, found.args, eval_dataset=examples())
     with expert_draws(model, expert=1):
-        loss, expected = found.evaluate()["eval_loss"], plain.evaluate()["eval_loss"]
-    assert loss == pytest.approx(expected, rel=1e-6)
+        loss, expected = (each.evaluate()["eval_loss"] for each in (found, plain))
+    assert loss == pytest.approx(expected)
 
 
 def test_learns_and_sums_over_accumulated_batches(tmp_path):
