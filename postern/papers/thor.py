@@ -59,6 +59,9 @@ PAPER = Paper(
         "postern.experts.thor_step",
         "postern.experts.expert_agreement",
         "postern.experts.ensemble_log_probs",
+        "postern.experts.StochasticFeedForward",
+        "postern.experts.convert_ffn_to_experts",
+        "postern.experts.thor_trainer.ThorTrainer",
         "postern.data.SyntheticLanguages",
         "postern.nets.ExpertTranslationModel",
     ),
@@ -86,8 +89,8 @@ PAPER = Paper(
         "Both passes are one batch of twice the size: one call of attention, and experts by halves.",
         "Label smoothing spreads its share over all tokens, the target's own included, as PyTorch's does; fairseq's "
         "spreads it over the others.",
-        "Claims translate into synthetic languages, with models of 0.4 million parameters at small scale: the paper's "
-        "corpora of translations are not among the data sets here. For the same reason losses stand for BLEU.",
+        "Claims translate into synthetic languages, at small scale with models of half a million parameters: the "
+        "paper's corpora of translations are not among the data sets here. For the same reason losses stand for BLEU.",
         "Linear weights start as normal draws and experts as PyTorch's linear layers do, not after Xavier.",
     ),
     example="""import torch
@@ -186,9 +189,9 @@ _FULL = Translation(
 _SCALES = {"smoke": _SMOKE, "small": _SMALL, "full": _FULL}
 
 _SYNTHETIC = (
-    "Three synthetic languages, 2000 pairs of sentences, models of 0.4 million parameters without experts; losses are "
-    "nats a token of test sentences, in training labels are smoothed by 0.1. Each model is tested where its validation "
-    "loss was best."
+    "Three synthetic languages, 2000 pairs of sentences, models of half a million parameters without experts; losses "
+    "are nats a token of test sentences, in training labels are smoothed by 0.1. Each model is tested where its "
+    "validation loss was best."
 )
 
 
@@ -220,7 +223,7 @@ class _Trained:
 
 def _build(config: Translation, arm: Arm, languages: SyntheticLanguages, balance: float, seed: int) -> nn.Module:
     def experts(stack: str, index: int) -> MixtureOfExperts | None:
-        routers: dict[str, Callable[[], Router]] = {
+        routers: Mapping[str, Callable[[], Router]] = {
             "switch": lambda: SoftmaxRouter(config.width, config.experts, 1, balance=balance),
             "hash": lambda: HashRouter(config.width, config.experts, languages.num_tokens, seed=seed),
             "random": lambda: StochasticRouter(config.width, config.experts),
@@ -229,11 +232,10 @@ def _build(config: Translation, arm: Arm, languages: SyntheticLanguages, balance
         }
         if arm not in routers or index % 2:
             return None
-        router = routers[arm]()
         bank = FeedForwardExperts(
             config.experts, config.width, 2 * config.width, activation=F.relu, dropout=config.dropout
         )
-        return MixtureOfExperts(router, bank)
+        return MixtureOfExperts(routers[arm](), bank)
 
     return ExpertTranslationModel(
         languages.num_tokens,
