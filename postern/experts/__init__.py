@@ -1,4 +1,4 @@
-"""Experts: routers that assign tokens to them, and the layer that lets them work."""
+"""Experts: routers that assign tokens to them, the layer that lets them work, and Gaussian mixtures of experts."""
 
 from postern.experts.consistency import (
     ConsistencyLoss,
@@ -19,11 +19,23 @@ from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
 from postern.experts.fixed_routers import HashRouter, RandomRouter
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
+from postern.experts.gate_activation import ACTIVATIONS, Activation, resolve_activation, value_and_derivative
+from postern.experts.gaussian_moe import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
+from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
+from postern.experts.gaussian_moe_regressor import GaussianMoERegressor
 from postern.experts.graph_router import Graph, GraphOptions, TokenGraph, TokenGraphRouter
 from postern.experts.grouped import grouped_mm
 from postern.experts.hugging_face import patch_router
+from postern.experts.identifiability import (
+    IdentifiabilityReport,
+    IndependenceRank,
+    activation_independence_rank,
+    fisher_information,
+    identifiability_report,
+)
 from postern.experts.mixture import Capacity, Dispatch, MixtureOfExperts, dispatch, evaluate_densely
 from postern.experts.propagation import propagate, propagate_with_sdpa, related_tokens, sharpest_head
+from postern.experts.rates import Rate, fit_rate, hellinger_1d, theorem_exponents
 from postern.experts.routing import (
     Router,
     Routing,
@@ -36,34 +48,63 @@ from postern.experts.selection_entropy import entropy_bounds, load_entropy, sele
 from postern.experts.similarity import Similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
 from postern.experts.stochastic_router import StochasticRouter, expert_draws
+from postern.experts.temperature_softmax import temperature_softmax_gate
+from postern.experts.topk_softmax import SelectOn, topk_mask, topk_softmax_gate
+from postern.experts.voronoi import (
+    CELL_EXPONENTS,
+    LossKind,
+    align_gate_translation,
+    cell_exponent,
+    dense_to_sparse_loss,
+    voronoi_cells,
+    voronoi_loss,
+)
 
 __all__ = [
+    "ACTIVATIONS",
+    "CELL_EXPONENTS",
+    "Activation",
     "Capacity",
     "ConsistencyLoss",
     "DenseToSparseRouter",
     "Dispatch",
     "Experts",
     "FeedForwardExperts",
+    "GaussianMixtureOfExperts",
+    "GaussianMoERegressor",
     "Graph",
     "GraphOptions",
     "HashRouter",
+    "IdentifiabilityReport",
+    "IndependenceRank",
     "LinearTemperatureSchedule",
+    "LossKind",
+    "MixtureFit",
     "MixtureOfExperts",
+    "MixtureParameters",
     "ModuleExperts",
     "RandomRouter",
+    "Rate",
     "Router",
     "Routing",
     "RoutingContext",
     "RoutingRecorder",
+    "SelectOn",
     "Similarity",
+    "SoftmaxGate",
     "SoftmaxRouter",
+    "Solver",
     "StochasticFeedForward",
     "StochasticRouter",
     "TemperatureGate",
     "TokenGraph",
     "TokenGraphRouter",
+    "activation_independence_rank",
+    "align_gate_translation",
     "balance_loss",
+    "cell_exponent",
     "convert_ffn_to_experts",
+    "dense_to_sparse_loss",
     "dispatch",
     "ensemble_log_probs",
     "entropy_bounds",
@@ -71,13 +112,18 @@ __all__ = [
     "expert_agreement",
     "expert_draws",
     "expert_shares",
+    "fisher_information",
+    "fit_mixture",
+    "fit_rate",
     "grouped_mm",
     "gumbel_noise",
+    "identifiability_report",
     "load_entropy",
     "patch_router",
     "propagate",
     "propagate_with_sdpa",
     "related_tokens",
+    "resolve_activation",
     "router_z_loss",
     "routing_fluctuation",
     "selection_entropy",
@@ -85,6 +131,13 @@ __all__ = [
     "sharpest_head",
     "similarity_matrix",
     "symmetric_kl",
+    "temperature_softmax_gate",
+    "theorem_exponents",
     "thor_step",
+    "topk_mask",
+    "topk_softmax_gate",
     "two_passes",
+    "value_and_derivative",
+    "voronoi_cells",
+    "voronoi_loss",
 ]

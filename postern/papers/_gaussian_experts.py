@@ -1,0 +1,213 @@
+"""Experiments on rates: draw samples from a known mixture of experts, fit it from near the truth, measure errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from postern.claims import Run
+from postern.experts import (
+    GaussianMixtureOfExperts,
+    MixtureFit,
+    MixtureParameters,
+    Rate,
+    SoftmaxGate,
+    fit_mixture,
+    fit_rate,
+    hellinger_1d,
+)
+
+# The gain in the mean log-likelihood at which a fit ends: far below 1/n of the largest samples.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class World:
+    """A true mixture, its gate, and where its inputs lie.
+
+    Attributes:
+        truth: the parameters.
+        gate: how it weighs its experts.
+        half_width: inputs are uniform in ``[-half_width, half_width]`` in each direction.
+    """
+
+    truth: MixtureParameters
+    gate: SoftmaxGate
+    half_width: float = 1.0
+
+    def samples(self, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw inputs and outputs."""
+        x = torch.rand(count, self.truth.num_features, generator=generator, dtype=torch.float64)
+        x = self.half_width * (2 * x - 1)
+        return x.to(device), self.model().sample(x, generator).to(device)
+
+    def model(self) -> GaussianMixtureOfExperts:
+        """The true model."""
+        return GaussianMixtureOfExperts.from_parameters(self.truth, self.gate).requires_grad_(False)
+
+    def starts(
+        self, copies: Sequence[int], count: int, noise: float, split: float, generator: torch.Generator
+    ) -> MixtureParameters:
+        """Points near the truth.
+
+        Args:
+            copies: for each fitted expert the true one that it starts at; the last is the reference of both gates.
+            count: how many starts.
+            noise: standard deviation of what is added to the coordinates of an expert that is fitted once.
+            split: the same for those that share a true one, whose mass they share as well.
+            generator: of the noise.
+        """
+        index = torch.tensor(copies)
+        shared = torch.bincount(index, minlength=self.truth.num_experts)[index]
+        scale = torch.where(shared > 1, split, noise).double()
+
+        def near(value: Tensor, scale: Tensor) -> Tensor:
+            return value + scale * torch.randn(count, *value.shape, generator=generator, dtype=torch.float64)
+
+        truth = self.truth
+        slopes = near(truth.gate_coef[index], scale[:, None])
+        biases = near(truth.gate_intercept[index] - truth.temperature * shared.log(), scale)
+        slopes[:, -1], biases[:, -1] = truth.gate_coef[-1], truth.gate_intercept[-1]
+        return MixtureParameters(
+            slopes,
+            biases,
+            near(truth.coef[index], scale[:, None]),
+            near(truth.intercept[index], scale),
+            near(truth.variance[index].log(), scale).exp(),
+            truth.temperature.expand(count).clone(),
+        )
+
+    def hellinger(self, fitted: MixtureParameters, gate: SoftmaxGate) -> float:
+        """Mean Hellinger distance between the fitted and the true density."""
+        d = self.truth.num_features
+        if d == 1:  # midpoints, off the boundaries of a sparse gate
+            x = torch.linspace(-1, 1, 201, dtype=torch.float64)[1::2, None]
+        else:
+            x = 2 * torch.rand(1000, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+        x = self.half_width * x
+        means, deviation = self.model().means(x), self.truth.variance.sqrt()
+        reach = means.abs().max().item() + 8 * deviation.max().item()
+        step = 0.125 * deviation.min().item()
+        y = torch.linspace(-reach, reach, 2 * int(reach / step) + 1, dtype=torch.float64)
+        model = GaussianMixtureOfExperts.from_parameters(fitted.to("cpu"), gate)
+        return float(hellinger_1d(model, self.model(), x, y))
+
+
+def drawn_world(num_experts: int, num_features: int, top_k: int | None) -> World:
+    """A mixture in more dimensions, drawn once and for all; neighbours differ by two in their intercepts."""
+    g = torch.Generator().manual_seed(num_experts * 1000 + num_features)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    slopes, biases = 2 * normal(num_experts, num_features), 0.3 * normal(num_experts)
+    slopes[-1], biases[-1] = 0.0, 0.0
+    intercepts = 2 * torch.arange(num_experts, dtype=torch.float64) - num_experts + 1
+    variances = 0.15 + 0.25 * torch.rand(num_experts, generator=g, dtype=torch.float64)
+    coefs = normal(num_experts, num_features) / num_features**0.5
+    return World(MixtureParameters(slopes, biases, coefs, intercepts, variances), SoftmaxGate(top_k))
+
+
+def fit_to_the_end(
+    x: Tensor,
+    y: Tensor,
+    starts: MixtureParameters,
+    gate: SoftmaxGate,
+    *,
+    learns_temperature: bool = False,
+    gate_penalty: float = 0.0,
+) -> MixtureFit:
+    """The likeliest of the fits from all starts, by L-BFGS: it ends where EM does, after fewer passes."""
+    fits = fit_mixture(
+        x,
+        y,
+        starts.to(x.device),
+        gate,
+        solver="lbfgs",
+        learns_temperature=learns_temperature,
+        tol=TOLERANCE,
+        gate_penalty=gate_penalty,
+    )
+    return fits.best()
+
+
+class Errors:
+    """Errors of all replicates at all sample sizes, by name."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.found: dict[str, dict[int, list[float]]] = {}
+
+    def add(self, name: str, size: int, value: float) -> None:
+        """Add one replicate. What is not told from zero counts as the spacing of floating-point numbers."""
+        self.found.setdefault(name, {}).setdefault(size, []).append(max(value, float(np.finfo(np.float64).eps)))
+
+    def medians(self, name: str) -> dict[int, float]:
+        """Median over the replicates, by sample size."""
+        return {size: float(np.median(self.found[name][size])) for size in self.sizes}
+
+    def rate(self, name: str) -> Rate:
+        """The power law of the medians."""
+        return fit_rate(self.sizes, np.array([self.found[name][size] for size in self.sizes]).T)
+
+    def slopes(self) -> dict[str, float]:
+        """One metric for the slope of each error."""
+        return {f"{name}_slope": self.rate(name).slope for name in self.found}
+
+    def last(self) -> dict[str, float]:
+        """One metric for the median of each error at the largest sample size."""
+        return {f"{name}_last": self.medians(name)[self.sizes[-1]] for name in self.found}
+
+    def rows(self, exponents: Mapping[str, float | str]) -> list[dict[str, float | str]]:
+        """Rows of a table: errors by sample size, the slope with its interval, and the theorem's exponent."""
+        rows = []
+        for name in self.found:
+            rate = self.rate(name)
+            rows.append(
+                {"error": name.replace("_", " ")}
+                | {f"n = {size:,}": value for size, value in self.medians(name).items()}
+                | {
+                    "slope": rate.slope,
+                    "95 % interval": "{:.2f} to {:.2f}".format(*rate.interval),
+                    "theorem": exponents.get(name, "none"),
+                }
+            )
+        return rows
+
+    def in_words(self) -> str:
+        """The slopes."""
+        return ", ".join(f"{name.replace('_', ' ')} {self.rate(name).slope:.2f}" for name in self.found) + "."
+
+    def draw(self, title: str) -> Figure:
+        """All errors against the sample size, with the slope of the parametric rate beside them."""
+        figure = Figure(figsize=(5.5, 3.8))
+        axes = figure.add_subplot()
+        sizes = np.array(self.sizes, dtype=np.float64)
+        highest = 0.0
+        for name in self.found:
+            medians = self.medians(name)
+            axes.loglog(list(medians), list(medians.values()), marker="o", label=name.replace("_", " "))
+            highest = max(highest, medians[self.sizes[0]])
+        guide = highest * (sizes / sizes[0]) ** -0.5
+        axes.loglog(sizes, guide, color="grey", linewidth=0.8, linestyle=":", label="n^-1/2")
+        axes.set_xlabel("samples")
+        axes.set_ylabel(title)
+        axes.legend(fontsize="small")
+        figure.tight_layout()
+        return figure
+
+
+def replicates(
+    run: Run, world: World, sizes: Sequence[int], count: int, label: str = "data sets"
+) -> Iterator[tuple[int, int, Tensor, Tensor, torch.Generator]]:
+    """Independent data sets of each size: (replicate, size, x, y, generator of the starts)."""
+    jobs = [(replicate, size) for replicate in range(count) for size in sizes]
+    for replicate, size in run.progress(jobs, label):
+        generator = run.generator(replicate * 1000 + sizes.index(size))
+        x, y = world.samples(size, generator, run.device)
+        yield replicate, size, x, y, generator
