@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from postern.experts.gate_activation import Activation, resolve_activation
 from postern.experts.topk_softmax import SelectOn, check_select_on, topk_mask
+from postern.precision import without_autocast
 
 Values = Tensor | np.ndarray | Sequence[Any] | float
 
@@ -271,13 +272,13 @@ class GaussianMixtureOfExperts(nn.Module):
 
     def log_weights(self, x: Float[Tensor, "samples features"]) -> Float[Tensor, "*models samples experts"]:
         """``log w_i(x)``, ``-inf`` for experts that are not kept."""
-        scores = self._checked(x) @ self.gate_coef.mT
+        scores = self._products(x, self.gate_coef)
         temperature = self.log_temperature.exp()[..., None, None]
         return self.gate.log_weights(scores, self.gate_intercept.unsqueeze(-2), temperature)
 
     def means(self, x: Float[Tensor, "samples features"]) -> Float[Tensor, "*models samples experts"]:
         """``a_i . x + b_i``."""
-        return self._checked(x) @ self.coef.mT + self.intercept.unsqueeze(-2)
+        return self._products(x, self.coef) + self.intercept.unsqueeze(-2)
 
     def _log_joint(self, x: Tensor, y: Tensor) -> Tensor:
         """``log w_i(x) + log N(y; a_i . x + b_i, sigma_i)``."""
@@ -343,10 +344,11 @@ class GaussianMixtureOfExperts(nn.Module):
         deviation = torch.exp(0.5 * self.log_variance).gather(-1, expert)
         return mean + deviation * _drawn(torch.randn, mean, generator)
 
-    def _checked(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or x.shape[1] != self.coef.shape[-1]:
-            raise ValueError(f"inputs are [samples, {self.coef.shape[-1]}], got shape {list(x.shape)}")
-        return x.to(self.coef.dtype)
+    def _products(self, x: Tensor, slopes: Tensor) -> Tensor:
+        if x.dim() != 2 or x.shape[1] != slopes.shape[-1]:
+            raise ValueError(f"inputs are [samples, {slopes.shape[-1]}], got shape {list(x.shape)}")
+        with without_autocast(x.device):
+            return x.to(slopes.dtype) @ slopes.mT
 
 
 def _drawn(draw: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:

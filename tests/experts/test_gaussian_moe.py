@@ -156,6 +156,14 @@ def test_it_survives_what_modules_must(num_models):
     check_module(build, x, y)
 
 
+def test_autocast_takes_no_digits():
+    x, y = (each.float() for each in samples())
+    model = GaussianMixtureOfExperts(2, 4, 2, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, y)
+    torch.testing.assert_close(found, model(x, y))
+
+
 @pytest.mark.parametrize("activation", [None, "tanh", "relu"])
 def test_the_temperature_gate_is_a_softmax_of_scaled_activations(activation):
     rng = np.random.default_rng(0)

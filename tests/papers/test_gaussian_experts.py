@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from postern.claims import Run
+from postern.experts import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
+from postern.papers import temperature_gmoe, topk_gating_gmoe
+from postern.papers._gaussian_experts import Errors, World, drawn_world, replicates
+
+WORLDS = {
+    "three": topk_gating_gmoe.THREE_EXPERTS,
+    "two": topk_gating_gmoe.TWO_EXPERTS,
+    "tempered": temperature_gmoe.SMALL.world("tanh"),
+    "drawn": drawn_world(4, 5, 2),
+}
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_samples_lie_where_they_should_and_follow_the_truth(world):
+    x, y = world.samples(4000, generator(), torch.device("cpu"))
+    assert x.abs().max() <= world.half_width
+    assert x.abs().max() > 0.99 * world.half_width
+    model = world.model()
+    assert (y - model.predict_mean(x)).mean().abs() < 5 * y.std() / 4000**0.5
+    again = model.sample(x, torch.Generator().manual_seed(1))
+    assert abs(model(x, y).mean() - model(x, again).mean()) < 0.1
+    torch.testing.assert_close(world.samples(4000, generator(), torch.device("cpu"))[1], y)
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_starts_without_noise_are_the_truth(world):
+    everyone = tuple(range(world.truth.num_experts))
+    start = world.starts(everyone, 1, 0.0, 0.0, generator())[0]
+    for found, expected in zip(start, world.truth, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert world.hellinger(start, world.gate) == 0
+
+
+def test_copies_share_the_mass_so_that_a_raised_k_has_the_true_density_and_the_same_k_has_not():
+    world = WORLDS["two"]
+    start = world.starts((0, 0, 1), 1, 0.0, 0.0, generator())[0]
+    assert world.hellinger(start, SoftmaxGate(3)) == pytest.approx(0, abs=1e-8)
+    assert world.hellinger(start, SoftmaxGate(2)) > 0.1
+
+
+def test_noise_is_by_how_often_an_expert_is_fitted_and_spares_the_reference():
+    world = WORLDS["two"]
+    start = world.starts((0, 0, 1), 4000, 0.1, 0.3, generator())
+    assert (start.gate_coef[:, -1] == 0).all()
+    assert (start.gate_intercept[:, -1] == 0).all()
+    assert start.intercept.std(dim=0).tolist() == pytest.approx([0.3, 0.3, 0.1], rel=0.05)
+    assert start.variance.log().std(dim=0).tolist() == pytest.approx([0.3, 0.3, 0.1], rel=0.05)
+
+
+def test_the_distance_is_that_of_shifted_gaussians():
+    truth = MixtureParameters([[0.0]], [0.0], [[0.7]], [0.2], [0.25])
+    shifted = MixtureParameters([[0.0]], [0.0], [[0.7]], [0.5], [0.25])
+    expected = (1 - torch.exp(torch.tensor(-(0.3**2) / (8 * 0.25)))).sqrt().item()
+    assert World(truth, SoftmaxGate()).hellinger(shifted, SoftmaxGate()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_temperature_of_a_start_is_noisy_too():
+    config = temperature_gmoe.Study((500, 1000), 1, starts=4000)
+    starts = temperature_gmoe._starts(config.world("tanh"), config, generator())
+    assert starts.temperature.log().mean().item() == pytest.approx(-0.693, abs=0.02)
+    assert starts.temperature.log().std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_errors_have_the_slopes_of_their_medians():
+    errors = Errors((100, 1000))
+    for size in (100, 1000):
+        for factor in (1.0, 1.0, 50.0):
+            errors.add("density", size, factor * size**-0.5)
+        errors.add("none", size, 0.0)
+    assert errors.slopes()["density_slope"] == pytest.approx(-0.5)
+    assert errors.last()["density_last"] == pytest.approx(1000**-0.5)
+    assert errors.rate("none").slope == pytest.approx(0)
+    first, second = errors.rows({"density": -0.5})
+    assert first["theorem"] == -0.5
+    assert second["theorem"] == "none"
+
+
+def test_replicates_are_independent_and_repeatable():
+    world, run = WORLDS["three"], Run(seed=3, scale="smoke")
+    found = [y for _, _, _, y, _ in replicates(run, world, (50, 60), 2)]
+    again = [y for _, _, _, y, _ in replicates(run, world, (50, 60), 2)]
+    assert [len(y) for y in found] == [50, 60, 50, 60]
+    for first, second in zip(found, again, strict=True):
+        torch.testing.assert_close(first, second)
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_the_drawn_truth_keeps_its_reference_at_zero():
+    truth = WORLDS["drawn"].truth
+    assert (truth.gate_coef[-1] == 0).all()
+    assert truth.gate_intercept[-1] == 0
+    assert isinstance(WORLDS["drawn"].model(), GaussianMixtureOfExperts)
