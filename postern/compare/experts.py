@@ -84,11 +84,13 @@ MEMBERS = (
         "dense-to-sparse",
         "all experts at first, fewer as the temperature falls",
         "postern.experts.DenseToSparseRouter",
+        "temperature-gmoe",
     ),
     Member(
         "activated",
         "the same with tanh scores and a temperature that is learnt",
         "postern.experts.DenseToSparseRouter",
+        "temperature-gmoe",
     ),
     Member(
         "similarity",

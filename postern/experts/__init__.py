@@ -117,6 +117,7 @@ __all__ = [
     "fit_rate",
     "grouped_mm",
     "gumbel_noise",
+    "hellinger_1d",
     "identifiability_report",
     "load_entropy",
     "patch_router",

@@ -64,8 +64,8 @@ PAPER = Paper(
         "With K = 1 a gate has no bias and no scale that data could tell, so parameters are recovered for K >= 2 only.",
         "The likelihood jumps where a sample changes its experts. A step of EM counts only if the likelihood of the "
         "samples does not fall; with steps for the gate alone it does fall.",
-        "With spare experts the likelihood has long flat valleys. Fits that end at a gain of 1e-9 in its mean are still "
-        "between merged and separate copies, and look as if these converged fast; the claims go on to 1e-13.",
+        "With spare experts the likelihood has long flat valleys. Fits that end at a gain of 1e-9 in its mean are "
+        "still between merged and separate copies, and look as if these converged fast; the claims go on to 1e-13.",
         "Of equal scores the first is kept. Copies of an expert start at almost equal slopes, so this is no detail.",
         "The loss is the largest sum over K cells, which is the sum of the K largest cells: no subsets are listed.",
     ),
