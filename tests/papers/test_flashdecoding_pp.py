@@ -66,7 +66,7 @@ def test_scatter_and_bootstrap_agree_with_normal_theory():
 def test_a_busy_machine_is_no_evidence():
     delays = iter([0.0001, 0.01] * 1000)
     calls = {"baseline": lambda: time.sleep(next(delays))}
-    options = {"warm_up": 0, "baseline": "baseline", "what": "naps"}
+    options = {"warm_up": 0, "baseline": "baseline", "what": "naps", "each": 1}
     with pytest.raises(Unavailable, match=r"too busy.*those of naps scatter"):
         paper._times_in_quiet(calls, 8, run=Run(seed=0, scale="small"), **options)
     assert len(paper._times_in_quiet(calls, 8, run=Run(seed=0, scale="smoke"), **options)["baseline"]) == 8
