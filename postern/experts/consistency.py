@@ -149,8 +149,8 @@ def two_passes(
         model: called with the batch; gives logits, or something that has them as ``logits`` or first. Without
             `StochasticRouter` layers dropout alone makes the passes differ, as in R-Drop.
         batch: the model's arguments, by name or in order; tensors with the batch first.
-        is_concatenated: whether both passes are one call; two calls in a row need the memory of one pass more rarely,
-            but take longer.
+        is_concatenated: whether both passes are one call; two calls take longer, and are for models in which the
+            sequences of a batch see each other.
         generator: draws the experts; torch's global one if None.
     """
     has_experts = any(isinstance(module, StochasticRouter) for module in model.modules())
