@@ -112,7 +112,7 @@ images = train.scaled().split(500)
 for keep, saving in estimate_flops_reduction(model, images, (0.8, 0.9)).items():
     print(f"estimated saving at {keep}: {saving:.2f}")
 trainer = FTWTTrainer(model, epochs=6, batch_size=64)
-trainer.pretrain_predictors(train.scaled(), epochs=10, learning_rate=0.05)
+trainer.pretrain_predictors(train.scaled(), epochs=10, learning_rate=0.3)
 trainer.fit(train.scaled(), train.labels)
 print(f"measured saving: {measure_flops_reduction(model, [test.scaled()]):.2f}")
 
@@ -136,16 +136,16 @@ class Setting:
     keeps: tuple[float, ...] = (0.85, 0.7)
     dense_epochs: int = 8
     epochs: int = 8  # with dynamic filters, or of fine-tuning
-    pretraining_epochs: int = 4  # of the predictors alone
+    pretraining_epochs: int = 10  # of the predictors alone
     batch: int = 128
     dense_lr: float = 0.1  # peak of the one-cycle schedule
     backbone_lr: float = 0.01
     predictor_lr: float = 0.1
-    pretraining_lr: float = 0.05
+    pretraining_lr: float = 0.3
     augmentation: bool = False  # crops after padding by an eighth of the side, and mirroring
 
 
-SMOKE = Setting("digits", 8, 800, 400, (12, 16, 24, 24), dense_epochs=4, epochs=3, pretraining_epochs=4, batch=64)
+SMOKE = Setting("digits", 8, 800, 400, (12, 16, 24, 24), dense_epochs=4, epochs=3, pretraining_epochs=5, batch=64)
 FULL = Setting(
     side=32, training=50_000, test=10_000, widths=(64, 128, 256, 256), dense_epochs=60, epochs=60, augmentation=True
 )
