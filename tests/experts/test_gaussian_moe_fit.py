@@ -192,3 +192,15 @@ def test_bad_arguments_are_told():
         fit_mixture(x, y, noisy(), min_variance=0)
     with pytest.raises(ValueError, match="gate_penalty is at least 0, got -1"):
         fit_mixture(x, y, noisy(), gate_penalty=-1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU")
+@pytest.mark.parametrize("solver", ["em", "lbfgs"])
+def test_a_gpu_finds_what_the_cpu_finds(solver):
+    x, y = from_truth(2000)
+    gate = SoftmaxGate(2, "tanh")
+    settings = {"solver": solver, "learns_temperature": True, "max_iter": 20}
+    here = fit_mixture(x, y, noisy(), gate, **settings)
+    there = fit_mixture(x.cuda(), y.cuda(), noisy(), gate, **settings)
+    assert there.log_likelihood.is_cuda
+    torch.testing.assert_close(there.log_likelihood.cpu(), here.log_likelihood, atol=1e-6, rtol=0)
