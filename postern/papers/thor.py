@@ -256,7 +256,7 @@ def _train(
     torch.manual_seed(run.seed)
     model = _build(config, arm, corpus.languages, balance, run.seed).to(run.device)
     assert isinstance(model, ExpertTranslationModel)
-    optimizer = torch.optim.Adam(
+    optimizer = torch.optim.AdamW(  # fairseq's Adam, too, decays weights apart from the gradient
         model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
     )
     consistency = ConsistencyLoss(alpha, label_smoothing=config.label_smoothing, ignore_index=corpus.languages.pad)
