@@ -29,7 +29,7 @@ from postern.attention import (
     pack_weight,
     unified_decode_attention,
 )
-from postern.attention.gemm_dispatch import KERNELS, ROWS, copies, gemm_calls
+from postern.attention.gemm_dispatch import KERNELS, ROWS, copies_of, gemm_calls
 from postern.timing import copies_beyond_cache, replayed
 
 
@@ -79,7 +79,7 @@ def products(
     for name, shape in shapes.items():
         weight = torch.randn(shape).to(device, dtype)
         packed = pack_weight(weight) if device == CPU else None
-        weights = copies(weight)
+        weights = copies_of(weight)
         measured[shape] = {}
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).to(device, dtype)

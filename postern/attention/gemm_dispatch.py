@@ -99,7 +99,7 @@ class GemmDispatcher:
                 raise ValueError(f"a shape is (outputs, inputs), at least 1 each; got ({outputs}, {inputs})")
             weight = _normal(outputs, inputs, dtype=dtype, device=device)
             packed = pack_weight(weight) if weight.device.type == "cpu" else None
-            weights = copies(weight)
+            weights = copies_of(weight)
             seconds[outputs, inputs] = {
                 count: {
                     name: min(times)
@@ -331,7 +331,7 @@ def gemm_calls(
     }
 
 
-def copies(weight: Tensor) -> list[Tensor]:
+def copies_of(weight: Tensor) -> list[Tensor]:
     """The weights as often as `gemm_calls` needs them.
 
     Args:

@@ -161,11 +161,6 @@ class Contest:
     shown: Mapping[str, tuple[Quantity, ...]] = field(default_factory=dict)
     paces: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def default_data(self) -> str:
-        """Embedded data that it takes."""
-        return "digits" if "images" in self.task else "python-stdlib"
-
     def member(self, name: str) -> Member:
         """The member called ``name``.
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 KINDS = {"text": "a text", "table": "a table", "images": "images"}
+DEFAULT_DATA = {"images": "digits", "text": "python-stdlib"}  # by kind; the first that a family takes
 
 
 def complete_contest(incomplete: str) -> list[str]:
@@ -88,7 +89,8 @@ def compare(
         fail("--device cuda: there is no CUDA device; leave --device out")
     try:
         contest = contests.find(family)
-        setting = _setting(contest, data or contest.default_data, label, members, budget, rates, device, quiet=as_json)
+        source = data or next(name for kind, name in DEFAULT_DATA.items() if kind in contest.task)
+        setting = _setting(contest, source, label, members, budget, rates, device, quiet=as_json)
     except CannotCompare as error:
         fail(str(error))
     display = choose_display(as_json)

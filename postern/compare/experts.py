@@ -135,7 +135,7 @@ class Routed(Learner):
             num_words, experts, WIDTH, LAYERS, HEADS, context, feedforward_dim=entry.hidden_dim or None
         )
 
-    def at(self, share: float) -> None:
+    def set_progress(self, share: float) -> None:
         """Let the temperature fall."""
         if self.schedule is not None:
             set_temperature(self.network, self.schedule(share))

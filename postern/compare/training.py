@@ -45,8 +45,8 @@ class Learner(nn.Module):
         """What the scores say of the probabilities, or None if the member gives none."""
         raise NotImplementedError
 
-    def at(self, share: float) -> None:
-        """Change what changes over the budget; called before each step with the share of it that is done."""
+    def set_progress(self, share: float) -> None:
+        """Adapt what changes over the budget; called before each step with the share of it that is done."""
 
 
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
@@ -141,7 +141,7 @@ class Step:
         """Take a step and return the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * rate_at(min(self.done, self.steps - 1), self.steps, self.steps // 10)
-        self.learner.at(self.done / self.steps)
+        self.learner.set_progress(self.done / self.steps)
         self.done += 1
         inputs, target = self.problem.draw(self.generator)
         loss = self.learner.loss(inputs.to(self.device), target.to(self.device))

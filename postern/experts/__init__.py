@@ -8,16 +8,9 @@ from postern.experts.consistency import (
     thor_step,
     two_passes,
 )
-from postern.experts.dense_to_sparse_router import (
-    DenseToSparseRouter,
-    LinearTemperatureSchedule,
-    TemperatureGate,
-    gumbel_noise,
-    set_temperature,
-)
+from postern.experts.dense_to_sparse_router import DenseToSparseRouter, gumbel_noise
 from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn_to_experts
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
-from postern.experts.fixed_routers import HashRouter, RandomRouter
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
 from postern.experts.gate_activation import ACTIVATIONS, Activation, resolve_activation, value_and_derivative
 from postern.experts.gaussian_moe import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
@@ -25,6 +18,7 @@ from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
 from postern.experts.gaussian_moe_regressor import GaussianMoERegressor
 from postern.experts.graph_router import Graph, GraphOptions, TokenGraph, TokenGraphRouter
 from postern.experts.grouped import grouped_mm
+from postern.experts.hash_router import HashRouter
 from postern.experts.hugging_face import patch_router
 from postern.experts.identifiability import (
     IdentifiabilityReport,
@@ -35,6 +29,7 @@ from postern.experts.identifiability import (
 )
 from postern.experts.mixture import Capacity, Dispatch, MixtureOfExperts, dispatch, evaluate_densely
 from postern.experts.propagation import propagate, propagate_with_sdpa, related_tokens, sharpest_head
+from postern.experts.random_router import RandomRouter
 from postern.experts.rates import Rate, fit_rate, hellinger_1d, theorem_exponents
 from postern.experts.routing import (
     Router,
@@ -48,6 +43,7 @@ from postern.experts.selection_entropy import entropy_bounds, load_entropy, sele
 from postern.experts.similarity import Similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
 from postern.experts.stochastic_router import StochasticRouter, expert_draws
+from postern.experts.temperature_gate import LinearTemperatureSchedule, TemperatureGate, set_temperature
 from postern.experts.temperature_softmax import temperature_softmax_gate
 from postern.experts.topk_softmax import SelectOn, topk_mask, topk_softmax_gate
 from postern.experts.voronoi import (

@@ -127,6 +127,22 @@ def router_z_loss(
     return squares.mean() if mask is None else (squares * mask).sum() / mask.sum().clamp_min(1)
 
 
+def evenly(
+    tokens: Float[Tensor, "batch time width"], indices: Int[Tensor, "batch time top_k"], num_experts: int
+) -> Routing:
+    """Equal weights for the chosen experts, and probabilities likewise.
+
+    Args:
+        tokens: what is routed.
+        indices: the chosen experts, all different.
+        num_experts: how many there are.
+    """
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    weights = torch.full(indices.shape, 1 / indices.shape[-1], dtype=dtype, device=indices.device)
+    probabilities = weights.new_zeros(*indices.shape[:-1], num_experts).scatter(-1, indices, weights)
+    return Routing(weights, indices, weights.new_zeros(()), probabilities)
+
+
 def check_tokens(router: Router, tokens: Float[Tensor, "batch time width"], context: RoutingContext) -> None:
     """Check that tokens and their context fit a router.
 

@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from postern.experts.fixed_routers import evenly
-from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_sizes, check_tokens
+from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_sizes, check_tokens, evenly
 
 DrawLevel = Literal["token", "sentence", "ensemble"]
 

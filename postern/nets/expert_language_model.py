@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -45,13 +46,34 @@ class ExpertLanguageModelLayer(nn.Module):
         attended = self.attention_norm(x)
         x = x + self.dropout(self.attention(attended, mask))
         normed = self.feedforward_norm(x)
-        if not isinstance(self.feedforward, MixtureOfExperts):
-            return x + self.dropout(self.feedforward(normed)), None
-        query = key = None
-        if getattr(self.feedforward.router, "needs_attention", False):
-            query, key, _ = self.attention.project(attended)
-        output, routing = self.feedforward(normed, RoutingContext(mask, token_ids, query, key))
+        context = RoutingContext(mask, token_ids, is_causal=True)
+        output, routing = feed_forward(self.feedforward, normed, context, self.attention, attended)
         return x + self.dropout(output), routing
+
+
+def feed_forward(
+    block: nn.Module,
+    x: Float[Tensor, "batch time width"],
+    context: RoutingContext,
+    attention: SelfAttention,
+    attended: Float[Tensor, "batch time width"],
+) -> tuple[Float[Tensor, "batch time width"], Routing | None]:
+    """Run a feed-forward block, and say how it routed tokens: a mixture of experts, or an ordinary one.
+
+    Args:
+        block: the block.
+        x: tokens.
+        context: what a router may know, but for queries and keys.
+        attention: the layer before, which gives these to routers that need them.
+        attended: what that layer saw.
+    """
+    if not isinstance(block, MixtureOfExperts):
+        return block(x), None
+    if getattr(block.router, "needs_attention", False):
+        query, key, _ = attention.project(attended)
+        context = replace(context, query=query, key=key)
+    output, routing = block(x, context)
+    return output, routing
 
 
 class ExpertLanguageModel(nn.Module):

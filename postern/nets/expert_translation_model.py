@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from postern.attention.self_attention import SelfAttention
 from postern.experts.mixture import MixtureOfExperts
 from postern.experts.routing import Routing, RoutingContext
+from postern.nets.expert_language_model import feed_forward
 from postern.nets.language_model import initialise
 
 TranslationExpertsBuilder = Callable[[Literal["encoder", "decoder"], int], MixtureOfExperts | None]
@@ -56,14 +57,8 @@ class ExpertTranslationLayer(nn.Module):
             seen, _ = self.cross(self.cross_norm(x), memory, memory, key_padding_mask=ignored, need_weights=False)
             x = x + self.dropout(seen)
         normed = self.feedforward_norm(x)
-        if not isinstance(self.feedforward, MixtureOfExperts):
-            return x + self.dropout(self.feedforward(normed)), None
-        query = key = None
-        if getattr(self.feedforward.router, "needs_attention", False):
-            query, key, _ = self.attention.project(attended)
-        output, routing = self.feedforward(
-            normed, RoutingContext(mask, token_ids, query, key, is_causal=self.cross is not None)
-        )
+        context = RoutingContext(mask, token_ids, is_causal=self.cross is not None)
+        output, routing = feed_forward(self.feedforward, normed, context, self.attention, attended)
         return x + self.dropout(output), routing
 
 

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from postern.adaptive import expected_calibration_error
 from postern.claims import AllOf, Difference, Metrics, Paper, Run
 from postern.data import ImageName, load
 from postern.heads import SoftmaxHead, SVMHead, svm_predict
@@ -294,13 +295,10 @@ def _share(condition: Tensor) -> float:
     return condition.double().mean().item()
 
 
-def _calibration_error(scores: Tensor, target: Tensor, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy, over bins of the softmax's confidence."""
+def _calibration_error(scores: Tensor, target: Tensor) -> float:
+    """Of the softmax's confidence."""
     confidence, predicted = scores.double().softmax(1).max(1)
-    right = (predicted == target).double()
-    which = (confidence * bins).long().clamp_max(bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64, device=scores.device)
-    return gaps.index_add(0, which, confidence - right).abs().sum().item() / len(target)
+    return expected_calibration_error(confidence, predicted == target, binning="uniform")
 
 
 def _margins(scores: Tensor, target: Tensor) -> Figure:

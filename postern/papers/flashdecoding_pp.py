@@ -29,7 +29,7 @@ from postern.attention import (
     pack_weight,
     unified_decode_attention,
 )
-from postern.attention.gemm_dispatch import KERNELS, GemmKernel, Shape, copies, gemm_calls
+from postern.attention.gemm_dispatch import KERNELS, GemmKernel, Shape, copies_of, gemm_calls
 from postern.attention.split_decoding import DecodingBackend
 from postern.attention.unified_softmax import RangeCheck
 from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Ratio, Run
@@ -680,7 +680,7 @@ def padding_costs_half(config: Products, run: Run) -> Metrics:
     ratios: dict[str, list[float]] = {"eight": [], "flat": []}
     for name, shape in run.progress(config.shapes().items(), "weights", total=4):
         x, weight, packed = _operands(config, shape, 8, run)
-        weights = copies(weight)
+        weights = copies_of(weight)
         by_kernel = gemm_calls(x, weights, packed)
         calls = {
             "eight": by_kernel["vendor"],
@@ -737,7 +737,7 @@ def _time_products(config: Products, run: Run) -> _Times:
         found[name] = {}
         for count in config.rows:
             x, weight, packed = _operands(config, shape, count, run)
-            weights = copies(weight)
+            weights = copies_of(weight)
             found[name][count] = _times_in_quiet(
                 gemm_calls(x, weights, packed),
                 config.repeats,

@@ -462,6 +462,20 @@ WORLDS: Mapping[str, World] = {"smoke": SMOKE, "small": Spirals(), "full": Photo
 DEPTH_HELPS = AtLeast("rise", 0.1)
 
 
+def _at_budgets(curves: Mapping[str, Sequence[Point]]) -> dict[str, dict[float, tuple[float, float]]]:
+    """Accuracy and cost of each method at each budget."""
+    return {name: {budget: accuracy_at(points, budget) for budget in BUDGETS} for name, points in curves.items()}
+
+
+def _accuracies(study: Study, found: Mapping[str, Mapping[float, tuple[float, float]]]) -> Metrics:
+    """What the claims on accuracy read: that of each method at each budget, and by how much depth helps."""
+    return {"rise": study.rise()} | {
+        f"{name}_at_{budget:.0%}": accuracy
+        for name, by_budget in found.items()
+        for budget, (accuracy, _) in by_budget.items()
+    }
+
+
 @PAPER.claim(
     "At equal cost, jointly learnt gates and classifiers are at least as accurate as one threshold and as a threshold "
     "for each exit, and more accurate by a point at 40 % of the full cost.",
@@ -486,7 +500,7 @@ def is_more_accurate_at_equal_cost(config: World, run: Run) -> Metrics:
     """Train gates at every price, search thresholds, and compare accuracies at equal cost."""
     study = config.study(run)
     curves = {"joint": study.gates(), **study.thresholds()}
-    found = {name: {budget: accuracy_at(points, budget) for budget in BUDGETS} for name, points in curves.items()}
+    found = _at_budgets(curves)
     run.table(
         "accuracy and cost on test samples",
         [
@@ -497,11 +511,7 @@ def is_more_accurate_at_equal_cost(config: World, run: Run) -> Metrics:
     )
     run.table("exits", [{"exit": k + 1, "accuracy": each} for k, each in enumerate(study.accuracies())])
     run.figure("accuracy-against-cost", _curves(curves), _in_words(found))
-    return {"rise": study.rise()} | {
-        f"{name}_at_{budget:.0%}": accuracy
-        for name, by_budget in found.items()
-        for budget, (accuracy, _) in by_budget.items()
-    }
+    return _accuracies(study, found)
 
 
 @PAPER.claim(
@@ -517,13 +527,9 @@ def joint_training_pays(config: World, run: Run) -> Metrics:
     """Train gates at every price, with and without the classifiers."""
     study = config.study(run)
     curves = {"joint": study.gates(), "gates_only": study.gates(trains_heads=False)}
-    found = {name: {budget: accuracy_at(points, budget) for budget in BUDGETS} for name, points in curves.items()}
+    found = _at_budgets(curves)
     run.figure("accuracy-against-cost", _curves(curves), _in_words(found))
-    return {"rise": study.rise()} | {
-        f"{name}_at_{budget:.0%}": accuracy
-        for name, by_budget in found.items()
-        for budget, (accuracy, _) in by_budget.items()
-    }
+    return _accuracies(study, found)
 
 
 @PAPER.claim(
