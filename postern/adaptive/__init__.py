@@ -2,6 +2,7 @@
 
 from postern.adaptive.calibration_error import Binning, expected_calibration_error
 from postern.adaptive.cost import count_macs, counting_macs, seconds_per_sample
+from postern.adaptive.cost_hull import Mixture, best_mixture
 from postern.adaptive.dynamic_conv import BlockReport, DynamicConvBlock, Execution, can_be_dynamic
 from postern.adaptive.dynamic_network import (
     DynamicNetwork,
@@ -54,7 +55,9 @@ __all__ = [
     "JEIDNNTrainer",
     "MaskPredictor",
     "MaxProbExit",
+    "Mixture",
     "PatienceExit",
+    "best_mixture",
     "cache_exit_features",
     "calibrate_thresholds",
     "can_be_dynamic",

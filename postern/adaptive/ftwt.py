@@ -147,6 +147,7 @@ class FTWTTrainer:
             Mean cross entropy and mean loss of the masks in each epoch.
 
         Raises:
+            FloatingPointError: the loss is no number any more.
             ValueError: other numbers of labels than of samples.
         """
         if len(inputs) != len(labels) or not len(labels):
@@ -171,7 +172,7 @@ class FTWTTrainer:
                 sums, batches = sums + torch.stack([task, masks]).detach().cpu(), batches + 1
             task_mean, mask_mean = (sums / batches).tolist()
             if not math.isfinite(task_mean):
-                raise ValueError(f"training diverged in epoch {epoch}: the cross entropy is {task_mean}")
+                raise FloatingPointError(f"training diverged in epoch {epoch}: the cross entropy is {task_mean}")
             history.append((task_mean, mask_mean))
         self.model.eval()
         return history

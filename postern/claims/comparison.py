@@ -72,6 +72,25 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """A drawing with one curve a member: two of its metrics at several settings, against each other.
+
+    Attributes:
+        title: what it shows.
+        across: label of the horizontal axis, with the unit.
+        up: label of the vertical axis, with the unit.
+        points: for each point in order, the metric across and the metric up.
+        scales: what the metrics are multiplied with to be shown.
+    """
+
+    title: str
+    across: str
+    up: str
+    points: tuple[tuple[str, str], ...]
+    scales: tuple[float, float] = (1.0, 1.0)
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all members share.
 
@@ -143,10 +162,12 @@ class Contest:
         train: trains a member with every learning rate of the setting and returns its quality, the other qualities and
             costs, and ``learning_rate``, the chosen one.
         time: returns milliseconds of a training step of every member by the member's name, taken by turns, and those
-            of the other ``paces`` by ``"pace member"``. What it draws and tabulates is shown as well.
+            of the other ``paces`` by ``"pace member"``. What it draws and tabulates is shown as well. None where steps
+            of the members are nothing alike.
         unsuited: for each member that does not suit the data of a setting, why.
         shown: further qualities of each kind that are shown where a member has them.
         paces: what else is timed, and what the reader sees of it, such as ``{"decoding": "time of a decoded word"}``.
+        curves: what is drawn of all members' metrics, by the name of the drawing.
     """
 
     family: str
@@ -156,10 +177,19 @@ class Contest:
     quality: Mapping[str, Quantity]
     costs: tuple[Quantity, ...]
     train: Trial
-    time: Timing
+    time: Timing | None
     unsuited: Callable[[Setting], Mapping[str, str]]
     shown: Mapping[str, tuple[Quantity, ...]] = field(default_factory=dict)
     paces: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Curves] = field(default_factory=dict)
+
+    def jobs(self, members: Sequence[str]) -> tuple[str, ...]:
+        """Names of the jobs of a seed: the members', and the one that times them.
+
+        Args:
+            members: who takes part.
+        """
+        return (*members, *([] if self.time is None else [TIMING]))
 
     def member(self, name: str) -> Member:
         """The member called ``name``.
@@ -198,6 +228,7 @@ class Experiment:
         seed_everything(seed)
         run = Run(seed=seed, scale=scale, device=torch.device(device), threads=threads, on_progress=on_progress)
         if self.name == TIMING:
+            assert self.contest.time is not None, "no timing is planned where there is none"
             returned = self.contest.time(self.setting, run)
         else:
             returned = self.contest.train(self.name, self.setting, run)
@@ -225,6 +256,7 @@ class Standing:
         others: the other quantities that it has, by name.
         step_time: milliseconds of a training step over the baseline's, the geometric mean; None where it was not timed.
         paces: the same of what else was timed, by name.
+        curves: for each drawing that it has all metrics of, its points, means over the seeds, as they are shown.
         learning_rates: the chosen one of each seed.
         message: what went wrong, else empty.
     """
@@ -236,6 +268,7 @@ class Standing:
     others: Mapping[str, Estimate] = field(default_factory=dict)
     step_time: Estimate | None = None
     paces: Mapping[str, Estimate] = field(default_factory=dict)
+    curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     learning_rates: tuple[float, ...] = ()
     message: str = ""
 
@@ -302,6 +335,7 @@ class Ranking:
                 **plain(each.others),
                 "step_time": plain(each.step_time),
                 **plain(each.paces),
+                "curves": {name: [list(point) for point in points] for name, points in each.curves.items()},
                 "learning_rates": list(each.learning_rates),
                 "message": each.message,
             }
@@ -330,7 +364,7 @@ def rank(contest: Contest, setting: Setting, results: Iterable[JobResult]) -> Ra
     """
     by_name: dict[str, list[JobResult]] = {}
     for result in sorted(results, key=lambda each: each.job.seed):
-        if result.job.claim in (*setting.members, TIMING):
+        if result.job.claim in contest.jobs(setting.members):
             by_name.setdefault(result.job.claim, []).append(result)
     quality = contest.quality[setting.kind]
     members = [contest.member(name) for name in setting.members]
@@ -402,8 +436,21 @@ def _standing(
         },
         step_time=_times_baseline(times, member.name, setting.baseline),
         paces={pace: estimate for pace, estimate in paces.items() if estimate is not None},
+        curves={
+            name: tuple(_point(drawn, names, measured) for names in drawn.points)
+            for name, drawn in contest.curves.items()
+            if all(metric in metrics for names in drawn.points for metric in names for metrics in measured)
+        },
         learning_rates=tuple(metrics["learning_rate"] for metrics in measured),
     )
+
+
+def _point(drawn: Curves, names: tuple[str, str], measured: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    across, up = (
+        scale * mean_interval([metrics[name] for metrics in measured])[0]
+        for name, scale in zip(names, drawn.scales, strict=True)
+    )
+    return across, up
 
 
 def _estimate(values: Sequence[float]) -> Estimate:

@@ -130,7 +130,7 @@ def plan_comparison(
     finished: Store | None = None,
     time_limit_s: float = TIME_LIMITS_S["full"],
 ) -> Plan:
-    """Plan the jobs of a comparison: one a member and seed, and one a seed that times all members by turns.
+    """Plan the jobs of a comparison: one a member and seed, and one a seed for times that are taken by turns.
 
     Args:
         contest: what is compared.
@@ -143,7 +143,7 @@ def plan_comparison(
     jobs: list[Job] = []
     known: list[JobResult] = []
     text = setting.to_text()
-    for name in (*setting.members, TIMING):
+    for name in contest.jobs(setting.members):
         share = engine.share(name == TIMING)
         for seed in seeds:
             job = Job(

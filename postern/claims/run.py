@@ -28,6 +28,13 @@ class Picture:
     svg: str
     description: str
 
+    @classmethod
+    def of(cls, figure: Figure, description: str) -> Picture:
+        """Draw a matplotlib figure on nothing, so that it suits dark pages too."""
+        text = io.StringIO()
+        figure.savefig(text, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
+        return cls(text.getvalue(), description)
+
 
 @dataclass
 class Run:
@@ -97,9 +104,7 @@ class Run:
         """
         if not description.strip():
             raise ValueError(f"figure {name!r} needs a description, for readers who cannot see it")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None})
-        self.figures[name] = Picture(text.getvalue(), description)
+        self.figures[name] = Picture.of(figure, description)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep a table for the report.

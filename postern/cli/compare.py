@@ -30,7 +30,9 @@ def complete_contest(incomplete: str) -> list[str]:
 def compare(
     family: Annotated[
         str,
-        typer.Argument(metavar="FAMILY", help="softmax, heads, attention or experts.", autocompletion=complete_contest),
+        typer.Argument(
+            metavar="FAMILY", help="softmax, heads, attention, experts or adaptive.", autocompletion=complete_contest
+        ),
     ],
     data: Annotated[
         str | None,

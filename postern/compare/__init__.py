@@ -9,7 +9,7 @@ from postern.claims.comparison import CannotCompare, Contest
 
 __all__ = ["FAMILIES", "contests", "find"]
 
-FAMILIES = ("softmax", "heads", "attention", "experts")
+FAMILIES = ("softmax", "heads", "attention", "experts", "adaptive")
 
 
 def find(family: str) -> Contest:

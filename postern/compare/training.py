@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ class Learner(nn.Module):
         """Adapt what changes over the budget; called before each step with the share of it that is done."""
 
 
+Trained = TypeVar("Trained")
 Builder = Callable[[float], Learner]  # learning rate -> untrained learner
 Build = Callable[[str, Problem, float], Learner]  # member, problem, learning rate -> untrained learner
 Examination = Callable[[Learner, Problem], Mapping[str, float]]
@@ -95,7 +97,7 @@ def make_contest(
         "images": (CROSS_ENTROPY,),
     }
 
-    def train(name: str, setting: Setting, run: Run) -> Metrics:
+    def trial(name: str, setting: Setting, run: Run) -> Metrics:
         problem = prepare(problem_of(setting))
         return tune(partial(build, name, problem), problem, setting, quality[setting.kind], run, examine)
 
@@ -111,7 +113,7 @@ def make_contest(
         task=task,
         quality=quality,
         costs=(*examined, SIZE, MEMORY),
-        train=train,
+        train=trial,
         time=time,
         unsuited=lambda setting: unsuited(prepare(problem_of(setting))),
         shown=shown,
@@ -192,20 +194,14 @@ def tune(
     Raises:
         ArithmeticError: the loss was no number at any rate.
     """
-    best: tuple[float, float, Learner] | None = None
     sign = 1.0 if quality.higher_is_better else -1.0
-    for rate in setting.learning_rates:
-        torch.manual_seed(run.seed)
+
+    def attempt(rate: float) -> tuple[float, Learner]:
         learner = build(rate)
-        learner.to(run.device)
-        if not _train(learner, problem, setting.steps, rate, run):
-            continue
-        score = sign * evaluate(learner, problem, "validation")[quality.name]
-        if math.isfinite(score) and (best is None or score > best[0]):
-            best = score, rate, learner
-    if best is None:
-        raise ArithmeticError(f"training diverged at every learning rate of {list(setting.learning_rates)}")
-    _, rate, learner = best
+        train(learner, problem, setting.steps, rate, run)
+        return sign * evaluate(learner, problem, "validation")[quality.name], learner
+
+    rate, learner = best_rate(attempt, setting, run)
     return {
         **evaluate(learner, problem, "test"),
         **examine(learner, problem),
@@ -215,22 +211,58 @@ def tune(
     }
 
 
+def best_rate(attempt: Callable[[float], tuple[float, Trained]], setting: Setting, run: Run) -> tuple[float, Trained]:
+    """The learning rate with the highest score, and what was trained with it.
+
+    Every rate starts with the same seed. One at which training diverges is out.
+
+    Args:
+        attempt: trains with a rate and returns a score, by validation data, and what came of it.
+        setting: with the rates.
+        run: with the seed.
+
+    Raises:
+        ArithmeticError: training diverged at every rate.
+    """
+    best: tuple[float, float, Trained] | None = None
+    for rate in setting.learning_rates:
+        torch.manual_seed(run.seed)
+        try:
+            score, trained = attempt(rate)
+        except FloatingPointError:
+            continue
+        if math.isfinite(score) and (best is None or score > best[0]):
+            best = score, rate, trained
+    if best is None:
+        raise ArithmeticError(f"training diverged at every learning rate of {list(setting.learning_rates)}")
+    return best[1:]
+
+
 def _numbers(learner: Learner) -> int:
     """Floating-point numbers of parameters and buffers; those that two parts share count once."""
     tensors = [t for t in learner.state_dict().values() if t.is_floating_point()]
     return sum({t.data_ptr(): t.numel() for t in tensors if t.numel()}.values())
 
 
-def _train(learner: Learner, problem: Problem, steps: int, rate: float, run: Run) -> bool:
-    """Train; whether the loss stayed a number."""
+def train(learner: Learner, problem: Problem, steps: int, rate: float, run: Run) -> None:
+    """Train a learner on the run's device.
+
+    Args:
+        learner: trained in place.
+        problem: where the batches come from; every learner of a seed sees the same ones.
+        steps: the budget.
+        rate: the highest learning rate.
+        run: with device and seed.
+
+    Raises:
+        FloatingPointError: the loss is no number any more.
+    """
+    learner.to(run.device).train()
     step = Step(learner, problem, steps, rate, run.generator(1))
-    learner.train()
-    loss = torch.zeros(())
     for done in run.progress(range(steps), f"learning rate {rate:g}"):
         loss = step()
-        if done % 50 == 0 and not torch.isfinite(loss):
-            return False
-    return bool(torch.isfinite(loss))
+        if (done % 50 == 0 or done == steps - 1) and not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {done} is {loss.item()}")
 
 
 def step_memory(build: Callable[[], Learner], problem: Problem, run: Run) -> int:

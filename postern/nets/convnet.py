@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class ConvNet(nn.Module):
@@ -59,6 +60,16 @@ class ConvNet(nn.Module):
         for stage in self.stages:
             images = stage(images)
         return images.mean(dim=(2, 3))
+
+    def fold(self) -> ConvNet:
+        """Put the normalisations into the convolutions before them, for inference, in place; return the network."""
+        self.eval()
+        for stage in self.stages:
+            assert isinstance(stage, nn.Sequential)
+            conv, norm = stage[0], stage[1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                stage[0], stage[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        return self
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Return the logits."""

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from postern.adaptive import (
     DynamicNetwork,
@@ -518,7 +517,7 @@ def serving_networks(
     widths = [max(1, round((1 - config.reduction) ** 0.5 * width)) for width in config.widths]
     static = slim_conv_net(dense, widths)
     gathered.set_execution("gathered")
-    return {"dense": _folded(dense), "gathered": gathered, "static": _folded(static)}, images
+    return {"dense": copy.deepcopy(dense).fold(), "gathered": gathered, "static": static.fold()}, images
 
 
 def _set_density(model: DynamicNetwork, density: float, images: Tensor) -> None:
@@ -528,17 +527,6 @@ def _set_density(model: DynamicNetwork, density: float, images: Tensor) -> None:
         with torch.no_grad():
             logits = model.with_reports(images)[1][layer].logits
             linear.get_parameter("bias").sub_(torch.quantile(logits, 1 - density, dim=0))
-
-
-def _folded(network: ConvNet) -> nn.Module:
-    folded = copy.deepcopy(network).eval()
-    for index, stage in enumerate(folded.stages):
-        assert isinstance(stage, nn.Sequential)
-        conv, bn, act = stage
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
-        folded.stages[index] = nn.Sequential(fuse_conv_bn_eval(conv, bn), act)
-    return folded
 
 
 def _trade_off(found: Mapping[str, float]) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ CHECKS: tuple[RangeCheck, ...] = ("safe", "paper")
 Name = TypeVar("Name", bound=str)
 _LARGEST_SCATTER = 0.15  # largest scatter of the baseline's times that is judged
 _MOMENTS = 30  # tried, until one is so quiet
+_PAUSE_S = 3.0  # before the next
 
 
 # -- exactness --------------------------------------------------------------------------------------------------------
@@ -429,6 +431,7 @@ def _times_in_quiet(
         scatter = _scatter(times[baseline])
         if scatter <= _LARGEST_SCATTER or run.scale == "smoke":
             return times
+        time.sleep(_PAUSE_S)
     raise Unavailable(
         f"the machine is too busy to compare times: those of {what} scatter by {scatter:.0%}, with "
         f"{_LARGEST_SCATTER:.0%} allowed; run it alone"

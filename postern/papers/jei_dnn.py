@@ -24,6 +24,7 @@ from postern.adaptive import (
     JEIDNNTrainer,
     MaxProbExit,
     PatienceExit,
+    best_mixture,
     cache_exit_features,
     calibrate_thresholds,
     conformal_scores,
@@ -408,32 +409,10 @@ class Point:
 
 
 def bracket(points: Sequence[Point], budget: float) -> tuple[Point, Point, float]:
-    """The two settings between which the best ones on validation samples reach a cost, and the share of the second.
-
-    Answering some samples by one setting and the others by another reaches every cost between theirs. So the settings
-    that count are the corners of the upper concave hull of accuracy over cost.
-    """
-    corners: list[tuple[float, float, Point]] = []
-    known = sorted(
-        ((each.validation.mean_cost, each.validation.accuracy, each) for each in points), key=lambda x: x[:2]
-    )
-    for corner in known:
-        while corners and (
-            corner[0] == corners[-1][0] or (len(corners) > 1 and _is_below(corners[-2], corners[-1], corner))
-        ):
-            corners.pop()
-        corners.append(corner)
-    above = next((k for k, corner in enumerate(corners) if corner[0] >= budget), None)
-    if not above:
-        raise ValueError(f"costs reach from {corners[0][0]:.3f} to {corners[-1][0]:.3f}, asked for {budget}")
-    (low, _, first), (high, _, second) = corners[above - 1 : above + 1]
-    return first, second, (budget - low) / (high - low)
-
-
-def _is_below(
-    first: tuple[float, float, Point], middle: tuple[float, float, Point], last: tuple[float, float, Point]
-) -> bool:
-    return (middle[1] - first[1]) * (last[0] - first[0]) <= (last[1] - first[1]) * (middle[0] - first[0])
+    """The two settings that reach a cost best on validation samples, and the share of the second."""
+    costs, accuracies = zip(*((each.validation.mean_cost, each.validation.accuracy) for each in points), strict=True)
+    first, second, share = best_mixture(costs, accuracies, budget)
+    return points[first], points[second], share
 
 
 def accuracy_at(points: Sequence[Point], budget: float) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from postern.claims import Metrics, Run
-from postern.claims.comparison import Contest, Member, Quantity, Setting
+from postern.claims.comparison import Contest, Curves, Member, Quantity, Setting
 
 # Accuracy of seed 0, 1, 2, ...: a leader, one that wins and loses against it, one that always loses, one that fails.
 ACCURACY = {
@@ -61,6 +61,16 @@ CONTEST = Contest(
     unsuited=unsuited,
     shown={"table": (Quantity("loss", "test loss, nats"),)},
     paces={"playing": "time of a game", "sleeping": "time of a nap"},
+    curves={
+        "accuracy-by-memory": Curves(
+            "Few toys and many",
+            "memory, KiB",
+            "test accuracy, %",
+            (("learning_rate", "accuracy"), ("memory_mib", "accuracy")),
+            (1024.0, 100.0),
+        ),
+        "accuracy-by-loss": Curves("Toys", "loss", "accuracy", (("loss", "accuracy"),)),
+    },
 )
 
 

@@ -108,6 +108,20 @@ def test_the_mean_of_times_is_geometric() -> None:
     assert 0 < rival.step_time.low < 2 < 8 < rival.step_time.high
 
 
+def test_curves_are_means_over_the_seeds_of_members_that_have_all_of_it() -> None:
+    ranking = ranked()
+    curves = {each.member.name: each.curves for each in ranking.standings}
+    assert curves["loser"].keys() == {"accuracy-by-memory"}
+    assert curves["leader"].keys() == {"accuracy-by-memory", "accuracy-by-loss"}
+    accuracy = sum(ACCURACY["leader"]) / 4
+    small, large = curves["leader"]["accuracy-by-memory"]
+    assert small == pytest.approx((1.024, 100 * accuracy))
+    assert large == pytest.approx((5.5 * 1024, 100 * accuracy))
+    assert curves["leader"]["accuracy-by-loss"][0] == pytest.approx((1 - accuracy, accuracy))
+    told = ranking.to_document()["standings"][0]["curves"]["accuracy-by-memory"]
+    assert told == [list(small), list(large)]
+
+
 def test_quantities_that_a_member_lacks_are_left_out_for_it_alone() -> None:
     ranking = ranked()
     assert [each.name for each in ranking.quantities] == ["loss", "memory_mib"]
@@ -157,6 +171,8 @@ def test_the_plan_has_a_job_for_each_member_and_seed_and_times_alone() -> None:
     assert [job.claim for job in planned.jobs if job.exclusive] == [TIMING, TIMING]
     assert {job.fingerprint for job in planned.jobs} == {fingerprint_of(planned.jobs[0])}
     assert planned.subject == "3 members of toys on wine"
+    untimed = plan_comparison(replace(CONTEST, time=None), setting(), Inline(), seeds=range(2))
+    assert [job.claim for job in untimed.jobs] == [job.claim for job in planned.jobs if job.claim != TIMING]
     other = plan_comparison(CONTEST, setting(steps=101), Inline(), seeds=range(2))
     assert other.jobs[0].fingerprint != planned.jobs[0].fingerprint
 

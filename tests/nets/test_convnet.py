@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from postern.nets import ConvNet
 from tests.modules import check_module
@@ -43,3 +44,17 @@ def test_default_strides_halve_twice():
 def test_bad_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvNet(**arguments)
+
+
+def test_folding_leaves_the_outputs_and_no_normalisation() -> None:
+    torch.manual_seed(0)
+    network = ConvNet(3, 5, (8, 12, 16))
+    for _ in range(3):
+        network(torch.randn(16, 3, 12, 12) * 2 + 1)
+    images = torch.randn(4, 3, 12, 12)
+    expected = network.eval()(images)
+    folded = network.fold()
+    assert folded is network
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.fold()(images), network(images))

@@ -33,7 +33,7 @@ def test_corners_above_the_line_count():
 
 
 def test_a_cost_out_of_reach():
-    with pytest.raises(ValueError, match=r"from 0.200 to 0.600, asked for 0.9"):
+    with pytest.raises(ValueError, match=r"from 0.2 to 0.6, asked for 0.9"):
         bracket([point(0.2, 0.6), point(0.6, 0.9)], 0.9)
 
 

@@ -13,6 +13,7 @@ from postern.claims.comparison import TIMING, Estimate, Place, Quantity, Ranking
 from postern.claims.outcome import JobResult, Status
 from postern.claims.paper import Paper
 from postern.claims.report import charts, text
+from postern.claims.report.member_curves import curve_pictures
 from postern.claims.report.views import (
     Failure,
     FigureView,
@@ -81,9 +82,10 @@ class RankingView:
         date: when its last job ended, None where none was run.
         lanes: the chart of all qualities, empty where there are none.
         scatter: the chart of quality against step time, empty where nobody was timed.
+        curves: drawings with one curve a member.
         figures: what the timing drew, of its first seed.
         tables: what it tabulated.
-        inks: colours of the figures.
+        inks: colours of curves and figures.
         by_seed: the quality of each member and seed.
         failures: what went wrong, by member.
         remarks: what a reader has to know of these numbers in particular.
@@ -97,6 +99,7 @@ class RankingView:
     date: date | None
     lanes: Markup
     scatter: Markup
+    curves: tuple[FigureView, ...]
     figures: tuple[FigureView, ...]
     tables: tuple[TableView, ...]
     inks: tuple[str, ...]
@@ -162,6 +165,7 @@ def _view(ranking: Ranking, papers: Mapping[str, Paper]) -> RankingView:
     label = f"{ranking.quality.label} ({_better(ranking.quality)})"
     names = [(standing.member.name, standing.member.name) for standing in standings]
     timed = next((each.measurement for each in _of(TIMING, results) if each.status is Status.DONE), Measurement({}))
+    curves = tuple(figure_views(curve_pictures(ranking), "curves"))
     figures = tuple(figure_views(timed.figures, "timing"))
     failures = [(words, tuple(failures_of(_of(name, results)))) for words, name in (*names, ("Times", TIMING))]
     return RankingView(
@@ -185,9 +189,10 @@ def _view(ranking: Ranking, papers: Mapping[str, Paper]) -> RankingView:
         date=max(result.finished for result in results).date() if results else None,
         lanes=charts.quality_lanes(marks, label),
         scatter=charts.quality_by_time(marks, label, f"step time, multiple of {ranking.setting.baseline}’s"),
+        curves=curves,
         figures=figures,
         tables=tuple(table_views(timed.tables)),
-        inks=inks_of(figures),
+        inks=inks_of([*curves, *figures]),
         by_seed=tuple(
             _by_seed(ranking, standing.member.name, quality)
             for standing, quality in zip(standings, qualities, strict=True)
