@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -25,9 +26,9 @@ from postern.attention import (
     norm_entropy_correlation,
 )
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Run, Slope, Within
-from postern.data import load
+from postern.data import ImageName, load
 from postern.nets import VectorTransformer, evaluating
-from postern.timing import best_times
+from postern.timing import best_times, waiting
 
 PAPER = Paper(
     slug="nalaformer",
@@ -88,7 +89,8 @@ PAPER = Paper(
         "same up to the order of the weights. Query, key, value and gate are four layers instead of one.",
         "The published sizes of the smallest networks, 8 and 15 million parameters, are not those of their published "
         "widths and depths, which make 6.1 and 15.9 million.",
-        "At small scale, sequences of the 64 pixels of a digit stand in for images of ImageNet.",
+        "Sequences of the pixels of a digit, 64 of them at the small scale and 784 at the full one, stand in for "
+        "images of ImageNet.",
     ),
     example="""import torch
 
@@ -345,7 +347,7 @@ def _compare(task: _Task, arms: Sequence[str], rates: Sequence[float], run: Run)
 
 @dataclass(frozen=True)
 class Pixels:
-    """Digits of 8x8 pixels as sequences of 64 tokens, for a transformer with learned positions.
+    """Digits as sequences of pixels, of 8x8 or 28x28, for a transformer with learned positions.
 
     A share of ``test`` is held out, and ``validation`` of the rest chooses the rate. Positions start as large as the
     tokens, since a pixel says nothing without its place.
@@ -354,6 +356,8 @@ class Pixels:
     arms: tuple[str, ...]
     epochs: int
     learning_rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    dataset: ImageName = "digits"
+    split: Literal["all", "train"] = "all"
     images: int | None = None
     test: float = 0.4
     validation: float = 0.15
@@ -365,7 +369,7 @@ class Pixels:
 
 
 def _pixels(config: Pixels, run: Run) -> _Task:
-    digits = load("digits", "all")
+    digits = load(config.dataset, config.split)
     tokens = digits.pixels.float().flatten(1)[..., None] / digits.pixels.max()
     order = torch.randperm(len(tokens), generator=run.generator())[: config.images]
     num_test = int(config.test * len(order))
@@ -397,6 +401,13 @@ def _pixels(config: Pixels, run: Run) -> _Task:
     return _Task(build, batches, config.epochs * per_epoch, held_out[0], held_out[1])
 
 
+def _larger(arms: tuple[str, ...], epochs: int) -> Pixels:
+    """Digits of 28x28 pixels."""
+    return Pixels(
+        arms, epochs, (1e-3, 3e-3, 6e-3), "ylecun/mnist", "train", images=20_000, width=128, layers=4, heads=8
+    )
+
+
 _FRAME = (
     "All arms have the same transformer around them, with the normalisation, the gate and the initial weights of the "
     "paper's layer, and each has the best of three learning rates by validation images of the same seed. Tokens are "
@@ -416,6 +427,7 @@ _FRAME = (
     scales={
         "smoke": Pixels(("softmax", "elu", "relu", "norm-aware"), 1, (3e-3,), images=320),
         "small": Pixels(("softmax", "elu", "relu", "norm-aware"), 30),
+        "full": _larger(("softmax", "elu", "relu", "norm-aware"), 10),
     },
     seeds=5,
     note=_FRAME + "Where softmax has not come to its end in 30 epochs, part of the gain is one of speed: another "
@@ -438,6 +450,7 @@ def reads_pixels_better_than_linear_attention(config: Pixels, run: Run) -> Metri
     scales={
         "smoke": Pixels(("norm-aware", "fixed-exponent", "unsigned"), 1, (3e-3,), images=320),
         "small": Pixels(("norm-aware", "fixed-exponent", "unsigned"), 30),
+        "full": _larger(("norm-aware", "fixed-exponent", "unsigned"), 10),
     },
     seeds=5,
     note=(
@@ -460,6 +473,7 @@ def needs_both_the_norm_and_the_signs(config: Pixels, run: Run) -> Metrics:
     scales={
         "smoke": Pixels(("softmax", "norm-aware"), 2, (3e-3,), images=320),
         "small": Pixels(("softmax", "norm-aware"), 100),
+        "full": _larger(("softmax", "norm-aware"), 40),
     },
     seeds=3,
     note=_FRAME,
@@ -544,7 +558,11 @@ _QUESTIONS = (
     "features, with heads of the same size.",
     reported="the best of linear attentions on Long Range Arena, and spikier attention",
     holds_when=Difference("accuracy_norm_aware", "accuracy_relu", at_least=0.05),
-    scales={"smoke": Recall(20, held_out=64), "small": Recall(600)},
+    scales={
+        "smoke": Recall(20, held_out=64),
+        "small": Recall(600),
+        "full": Recall(6000, pairs=16, length=64, vocabulary=512, width=128, heads=8),
+    },
     seeds=3,
     note=(
         f"{_QUESTIONS}With 8 pairs both recall nearly all, 94.8 and 95.3 %; features of elu, 98.1 %, and softmax, 99.5 "
@@ -567,6 +585,7 @@ _CROWDED = ("relu", "norm-aware", "fixed-exponent", "unsigned")
     scales={
         "smoke": Recall(20, _CROWDED, pairs=16, held_out=64),
         "small": Recall(600, _CROWDED, pairs=16),
+        "full": Recall(6000, _CROWDED, pairs=32, length=64, vocabulary=512, width=128, heads=8),
     },
     seeds=3,
     note=_QUESTIONS
@@ -613,9 +632,12 @@ _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
     "to 8192 tokens.",
     reported="linear cost; 92.3 % less peak memory than softmax in super-resolution with over 70 thousand tokens",
     holds_when=Slope({length: f"ms_norm_aware_{length}" for length in _LENGTHS}, at_most=1.2),
-    scales={"smoke": Cost(_LENGTHS, 0, arms=("norm-aware",)), "small": Cost(_LENGTHS, 3)},
+    scales={
+        "smoke": Cost(_LENGTHS, 0, arms=("norm-aware",)),
+        "small": Cost(_LENGTHS, 3),
+        "full": Cost(_LENGTHS, 20, width=1024, heads=16),
+    },
     seeds=3,
-    gpu=(),
     exclusive=True,
     note=(
         "Layers of 4 heads, 64 wide, in the same frame, one sequence. Softmax runs on torch's fused kernel, which does "
@@ -626,12 +648,12 @@ _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 def costs_linear_time(config: Cost, run: Run) -> Metrics:
     """Time layers over longer and longer sequences."""
     torch.manual_seed(run.seed)
-    layers = {arm: attention(arm, config.width, config.heads) for arm in config.arms}
+    layers = {arm: attention(arm, config.width, config.heads).to(run.device) for arm in config.arms}
     times: dict[int, dict[str, float]] = {}
     kept: dict[int, dict[str, int]] = {}
     for length in run.progress(config.lengths, "timing layers"):
-        x = torch.randn(1, length, config.width, requires_grad=True)
-        steps = {arm: partial(_step, layer, x) for arm, layer in layers.items()}
+        x = torch.randn(1, length, config.width, device=run.device, requires_grad=True)
+        steps = {arm: waiting(partial(_step, layer, x), run.device) for arm, layer in layers.items()}
         kept[length] = {arm: _kept_bytes(layer, x) for arm, layer in layers.items()}
         times[length] = best_times(steps, config.repeats)
     run.table(
