@@ -52,7 +52,7 @@ def behaves(config: Setting, run: Run) -> Metrics:
 def is_slow(config: Setting, run: Run) -> Metrics:
     for _ in run.progress(range(10), f"process {os.getpid()}"):
         time.sleep(0.1 + config.amount)
-    return {"value": 0.0}
+    return {"value": 0.0, "process": os.getpid()}
 
 
 @PAPER.claim("It raises.", reported="-", holds_when=AtLeast("value", 0.0), scales=SCALES, seeds=2)
