@@ -577,7 +577,9 @@ class Backcopy:
     note=(
         "A synthetic task that is not the paper's: a Markov chain of 32 tokens, of which three make the next one copy "
         "the token before them. Losses are nats above the least possible; accuracy is that of the copies. Attention to "
-        "the first token does not count for the verdict: where the gate is closed, nothing says where a head looks."
+        "the first token does not count for the verdict: where the gate is closed, nothing says where a head looks. "
+        "Both learn the task as well, and both drain the first token alike, to 0.50 and 0.47 of the others' values: a "
+        "gate makes the drain superfluous, but nothing in training undoes it."
     ),
 )
 def spares_the_first_token(config: Backcopy, run: Run) -> Metrics:
