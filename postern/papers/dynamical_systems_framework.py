@@ -258,8 +258,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     note=(
         "Differences are shares of the largest entry, in float64. The control shifts the transitions by one token, "
         "which must be noticed in every layer that has some. All equalities hold to rounding; it is the control that "
-        "is inconclusive: in one of five seeds a layer's transitions hardly vary, and shifting them changes its outputs "
-        "by 0.7 %, where one was asked."
+        "is inconclusive: in one of five seeds a layer's transitions hardly vary, and its outputs change by 0.7 % where "
+        "one was asked."
     ),
 )
 @torch.no_grad()

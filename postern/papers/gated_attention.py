@@ -579,7 +579,7 @@ class Backcopy:
         "the token before them. Losses are nats above the least possible; accuracy is that of the copies. Attention to "
         "the first token does not count for the verdict: where the gate is closed, nothing says where a head looks. "
         "Both learn the task as well, and both drain the first token alike, to 0.50 and 0.47 of the others' values: a "
-        "gate makes the drain superfluous, but nothing in training undoes it."
+        "gate makes that superfluous, yet does not keep training from doing it."
     ),
 )
 def spares_the_first_token(config: Backcopy, run: Run) -> Metrics:
