@@ -257,8 +257,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     seeds=5,
     note=(
         "Differences are shares of the largest entry, in float64. The control shifts the transitions by one token, "
-        "which must be noticed in every layer that has some. All equalities hold to rounding; it is the control that "
-        "is inconclusive: in one of five seeds a layer's transitions hardly vary, and its outputs change by 0.7 % where "
+        "which must be noticed in every layer that has some. All equalities hold to rounding; the control is "
+        "inconclusive: in one of five seeds a layer's transitions hardly vary, and its outputs change by 0.7 % where "
         "one was asked."
     ),
 )
