@@ -645,7 +645,10 @@ _PAIRED_NOTE = (
         ),
     },
     seeds=3,
-    note=_PAIRED_NOTE,
+    note=(
+        f"{_PAIRED_NOTE} Linear attention recalls 31.9, 69.2, 93.7, 99.4 and 99.97 % with 4 to 64 features: every "
+        "doubling helps, but beyond 16 features there are no three points left to gain. Softmax recalls all with 4."
+    ),
 )
 def linear_attention_needs_a_larger_state(config: Expansions, run: Run) -> Metrics:
     """Train linear attention with one state expansion after another, and softmax attention with the smallest."""
@@ -753,7 +756,8 @@ def normalised_attention_beats_linear(config: Arms, run: Run) -> Metrics:
     note=(
         "Normalised attention differs from linear attention in its normaliser and in the signs of queries and keys; "
         "the baseline has the signs and a denominator of 1. Accuracies are means over 4 and 8 features. "
-        f"{_PAIRED_NOTE}"
+        f"{_PAIRED_NOTE} With a normaliser 82.3 % are recalled, without one 81.9: what normalised attention gains over "
+        "linear attention, 26 points with 8 features, is a gain of the signs."
     ),
 )
 def the_normaliser_helps(config: Arms, run: Run) -> Metrics:
