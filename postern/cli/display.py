@@ -231,7 +231,8 @@ def print_ranking(ranking: Ranking) -> None:
         table.add_column(heading, overflow="fold")
     for quantity in ranking.quantities:
         table.add_column(quantity.label, justify="right")
-    for label in ("step time", *ranking.paces.values()):
+    are_steps_timed = any(each.step_time for each in ranking.standings)
+    for label in (*(["step time"] if are_steps_timed else []), *ranking.paces.values()):
         table.add_column(f"{label}, times {ranking.setting.baseline}'s", justify="right")
     table.add_column("learning rates", overflow="fold")
     for each in ranking.standings:
@@ -240,13 +241,14 @@ def print_ranking(ranking: Ranking) -> None:
             table.add_row(each.member.name, f"[{style}]{each.place.value}[/]", escape(each.message))
             continue
         others = [each.others.get(quantity.name) for quantity in quantities[1:]]
+        times = [*([each.step_time] if are_steps_timed else []), *map(each.paces.get, ranking.paces)]
         table.add_row(
             each.member.name,
             f"[{style}]{each.place.value}[/]",
             _estimate_in_words(each.quality, ranking.quality.scale),
             _estimate_in_words(each.lead, ranking.quality.scale) if each.lead else "",
             *("" if o is None else number(o.mean * q.scale) for q, o in zip(quantities[1:], others, strict=True)),
-            *(number(time.mean) if time else "" for time in (each.step_time, *map(each.paces.get, ranking.paces))),
+            *(number(time.mean) if time else "" for time in times),
             ", ".join(f"{rate:g}" for rate in sorted(set(each.learning_rates))),
         )
     console.print(table)
