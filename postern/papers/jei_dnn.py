@@ -538,7 +538,12 @@ def weights_calibrate(config: World, run: Run) -> Metrics:
     ),
     scales=WORLDS,
     seeds=10,
-    note="Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost.",
+    note=(
+        "Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost. With one "
+        "threshold it is 3.8 and 1.3 points at 35 and 50 % of the cost, jointly learnt 4.7 and 1.9: a threshold takes "
+        "the confident answers, which are right here. With a threshold for each exit it is 7.3 and 5.0, with patience "
+        "5.1 and 2.2."
+    ),
 )
 def is_better_calibrated_than_thresholds(config: World, run: Run) -> Metrics:
     """Compare calibration errors of gates and thresholds at equal cost."""
@@ -612,7 +617,9 @@ ALPHA = 0.05
     note=(
         "Jointly learnt exits at the price whose cost on validation samples is nearest to 40 %, calibrated on the same "
         "samples. Where more than 95 % of the answers are right, some sets are empty. Coverage on the samples of the "
-        "worst exit with more than 100 of them is shown besides: a common threshold promises none there."
+        "worst exit with more than 100 of them is shown besides: a common threshold promises none there. Sets with one "
+        "for each exit are larger by 0.006 classes on average; in return they cover 94.4 % at the worst exit, where a "
+        "common one covers 88.8."
     ),
 )
 def conformal_sets_cover(config: World, run: Run) -> Metrics:
