@@ -540,8 +540,8 @@ def weights_calibrate(config: World, run: Run) -> Metrics:
     seeds=10,
     note=(
         "Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost. With one "
-        "threshold it is 3.8 and 1.3 points at 35 and 50 % of the cost, jointly learnt 4.7 and 1.9; with a threshold for "
-        "each exit 7.3 and 5.0, with patience 5.1 and 2.2."
+        "threshold it is 3.8 and 1.3 points at 35 and 50 % of the cost, jointly learnt 4.7 and 1.9, with a threshold "
+        "for each exit 7.3 and 5.0, with patience 5.1 and 2.2."
     ),
 )
 def is_better_calibrated_than_thresholds(config: World, run: Run) -> Metrics:
