@@ -296,7 +296,9 @@ SHARES = (85, 70)
         "Shares of the mass of 85 and 70 %. Static pruning cuts the filters with the smallest l1 norm off and is "
         "fine-tuned for as many epochs; random masks are drawn anew for every input, filter by filter with the density "
         "of the predicted ones, and the network is adapted to them as long. A narrow network, trained from scratch for "
-        "all epochs, is shown besides. The predictors' own multiply-adds are charged."
+        "all epochs, is shown besides. The predictors' own multiply-adds are charged. Predicted masks beat random ones by "
+        "3.7 and 6.0 points, but static pruning beats them by 2.9 points where 42 % is saved and by 9.1 where 73 % is, "
+        "and so does the narrow network. The network of 56.4 % accuracy has had eight epochs, and then eight more."
     ),
 )
 def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
@@ -353,7 +355,11 @@ def _randomly_masked(study: Study, model: DynamicNetwork) -> DynamicNetwork:
         "full": replace(FULL, keeps=(0.95, 0.9, 0.85, 0.7)),
     },
     seeds=5,
-    note="Estimated from the unpruned network on training images, measured on test images; predictors not charged.",
+    note=(
+        "Estimated from the unpruned network on training images, measured on test images; predictors not charged. The "
+        "ranks are right, but where much is kept less is saved than estimated, by 12.3, 11.7 and 8.1 points at shares "
+        "of 95, 90 and 85 %: predictors in doubt keep. At 70 % the estimate is off by 1.3."
+    ),
 )
 def predicts_its_saving(config: Setting, run: Run) -> Metrics:
     """Estimate the saving of each share, train, and measure it."""
