@@ -203,9 +203,15 @@ class Workshop:
             generator=self.run.generator(2),
         )
 
+    def evaluated(self, part: Part) -> tuple[Tensor, Tensor]:
+        """What is answered of a part, drawn for all members and seeds alike: a part may be sorted by class."""
+        inputs, target = self.problem.parts[part]
+        chosen = torch.randperm(len(target), generator=torch.Generator().manual_seed(0))[:EVALUATED]
+        return inputs[chosen].to(self.run.device), target[chosen].to(self.run.device)
+
     def batches(self, part: Part) -> list[tuple[Tensor, Tensor]]:
-        """Part of the data on the device, in batches."""
-        inputs, target = (tensor[:EVALUATED].to(self.run.device) for tensor in self.problem.parts[part])
+        """The same in batches."""
+        inputs, target = self.evaluated(part)
         return list(zip(torch.split(inputs, 512), torch.split(target, 512), strict=True))
 
     @torch.no_grad()
@@ -410,7 +416,7 @@ class Reached:
 
     def _times(self, used: Sequence[int], batch_size: int) -> dict[int, float]:
         """Seconds a sample of points, over those of the full network; the best of several, by turns."""
-        inputs = self.shop.problem.parts["test"][0][: TIMED[batch_size]].to(self.shop.run.device)
+        inputs = self.shop.evaluated("test")[0][: TIMED[batch_size]]
         calls: dict[str, Callable[[Tensor], object]] = {f"{k}": self.points[k - 1].answer for k in used}
         for k in used:
             self.points[k - 1].network.eval()

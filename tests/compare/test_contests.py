@@ -217,3 +217,14 @@ def test_what_chooses_filters_takes_images_alone() -> None:
     contest = compare.find("adaptive")
     assert set(contest.unsuited(setting(contest, "wine"))) == {"pruned", "ftwt"}
     assert contest.unsuited(setting(contest, "digits")) == {}
+
+
+def test_samples_of_a_sorted_part_are_of_all_classes() -> None:
+    problem = problem_of(setting(compare.find("adaptive"), "digits"))
+    inputs, target = problem.parts["test"]
+    order = target.argsort()
+    problem = replace(problem, parts={**problem.parts, "test": (inputs[order], target[order])})
+    shops = [adaptive.Workshop(problem, 1, 1e-3, Run(seed=seed, scale="test")) for seed in (0, 1)]
+    seen = [shop.evaluated("test")[1] for shop in shops]
+    assert len(seen[0][: adaptive.TIMED[1]].unique()) == problem.num_classes
+    assert torch.equal(*seen)
