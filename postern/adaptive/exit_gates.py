@@ -29,14 +29,10 @@ def uncertainty_features(logits: Float[Tensor, "*batch classes"]) -> Float[Tenso
     if logits.shape[-1] < 2:
         raise ValueError(f"uncertainty needs two classes at least, got {logits.shape[-1]}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = logits.log_softmax(-1)
+    log_p = torch.stack([logits, 2 * logits]).log_softmax(-1)  # twice the logits give p^2 / sum(p^2)
     p = log_p.exp()
-    first, second = p.topk(2, dim=-1).values.unbind(-1)
-    entropy = -(p * log_p).sum(-1)
-    # of q = p^2 / s: sum q (log s - 2 log p); s is at least 1 / classes
-    squares = p * p
-    total = squares.sum(-1)
-    sharpened = total.log() - 2 * (squares * log_p).sum(-1) / total
+    first, second = p[0].topk(2, dim=-1).values.unbind(-1)
+    entropy, sharpened = (p * log_p).sum(-1).neg().unbind()
     return torch.stack([first, entropy, first - second, sharpened], dim=-1)
 
 
@@ -139,11 +135,10 @@ class GateExit(nn.Module):
     ) -> tuple[Bool[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Decide for the samples that have come as far as an exit; see `ExitPolicy`.
 
-        The state is the sum of the gates' outputs so far.
+        The state is what the gates so far have left of a probability of 1: ``r_l = max(r_{l-1} - g_l, 0)``, from 1 on.
         """
         g = torch.sigmoid(self.gates[index](logits)).squeeze(1)
-        before = torch.zeros_like(g) if state is None else state
-        after = before + g
-        left = (1 - before).clamp_min(0)
-        # P / left >= threshold without the division, so that left = 0 stops
-        return torch.minimum(g, left) >= self.threshold * left, after
+        # a_l = min(g_l, r) / r, which reaches a threshold of at most 1 where g_l does that of r; r = 0 stops
+        if state is None:
+            return g >= self.threshold, 1 - g
+        return g >= self.threshold * state, (state - g).clamp_min(0)
