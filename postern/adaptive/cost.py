@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,20 @@ from postern.timing import best_times, waiting
 Name = TypeVar("Name", bound=str)
 
 
+# Counters of the multiply-adds that run outside torch's operators, one for each `counting_macs` at work.
+_counters: ContextVar[tuple[list[int], ...]] = ContextVar("counters", default=())
+
+
+def report_macs(macs: int) -> None:
+    """Tell those who count that multiply-adds have run which torch knows nothing of.
+
+    Args:
+        macs: their number.
+    """
+    for counter in _counters.get():
+        counter.append(macs)
+
+
 @contextmanager
 def counting_macs() -> Iterator[Callable[[], int]]:
     """Count the multiply-adds of convolutions and matrix products that are executed within ``with``.
@@ -26,8 +41,13 @@ def counting_macs() -> Iterator[Callable[[], int]]:
     Yields:
         A function that returns the multiply-adds so far.
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield lambda: int(counter.get_total_flops()) // 2
+    reported: list[int] = []
+    token = _counters.set((*_counters.get(), reported))
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield lambda: int(counter.get_total_flops()) // 2 + sum(reported)
+    finally:
+        _counters.reset(token)
 
 
 def count_macs(call: Callable[[], object]) -> int:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from postern import _native
 from postern.adaptive import DynamicConvBlock, MaskPredictor, count_macs, heatmap_mass_mask
 from tests.modules import check_module
 
@@ -15,6 +16,16 @@ KINDS = {
     "pointwise": {"kernel_size": 1},
     "depthwise": {"kernel_size": 3, "padding": 1, "groups": 6},
 }
+
+
+@pytest.fixture(params=["torch", *(name for name in _native.instruction_sets() if name != "portable")])
+def instructions(request):
+    """Gathers filters through PyTorch alone, or with the compiled kernel, if it has those instructions."""
+    if not _native.instruction_sets():
+        yield request.param
+    else:
+        with _native.using("portable" if request.param == "torch" else request.param):
+            yield request.param
 
 
 def block(kind="plain", seed=0, **options):
@@ -88,7 +99,7 @@ def test_masked_output_by_hand():
 @pytest.mark.parametrize("knows_active", [True, False])
 @pytest.mark.parametrize("has_residual", [True, False])
 @torch.no_grad()
-def test_gathered_is_masked(kind, knows_active, has_residual):
+def test_gathered_is_masked(instructions, kind, knows_active, has_residual):
     module, (x, active) = block(kind), inputs()
     active = active if knows_active else None
     residual = torch.randn_like(module.conv(x)) if has_residual else None
@@ -105,7 +116,7 @@ def test_gathered_is_masked(kind, knows_active, has_residual):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("knows_active", [True, False])
 @torch.no_grad()
-def test_what_is_counted_is_what_runs(kind, knows_active):
+def test_what_is_counted_is_what_runs(instructions, kind, knows_active):
     module, (x, active) = block(kind), inputs()
     active = active if knows_active else None
     report = module(x, active)[2]
@@ -122,7 +133,7 @@ def test_what_is_counted_is_what_runs(kind, knows_active):
 
 
 @torch.no_grad()
-def test_nothing_on():
+def test_nothing_on(instructions):
     module, (x, _) = block(), inputs()
     module.predictor.linear.weight.zero_()
     module.predictor.linear.bias.fill_(-1)
@@ -142,7 +153,7 @@ def test_unpruned_leaves_the_output_and_counts_the_targets():
 
 
 @torch.no_grad()
-def test_without_normalisation_or_activation():
+def test_without_normalisation_or_activation(instructions):
     torch.manual_seed(0)
     predictor = MaskPredictor(6, 5, has_softmax=False)
     module = DynamicConvBlock(nn.Conv2d(6, 5, 3), None, None, predictor, 0.5, rule="uniform").eval()
