@@ -1,8 +1,9 @@
 // A convolution of which each input runs the filters that are on, on the channels that are on (the inference of Fire
 // Together Wire Together, arXiv 2110.08232): its time follows the multiply-adds that are left.
 //
-// The channels that are on are copied into planes, padded and, for strides, split by phase, so that each tap of a filter
-// sees neighbouring outputs side by side. Then every few filters that are on are summed at a few vectors of outputs.
+// The channels that are on are copied into planes, padded and, for strides, split by phase, so that what one tap of a
+// filter sees of neighbouring outputs lies side by side. Then a few filters at a time are summed at a few vectors of
+// outputs.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -46,9 +47,9 @@ struct Operands {
 
 // Neighbouring outputs that are summed together.
 struct Stretch {
-    std::size_t place;       // of the first, in a plane
+    std::size_t place;        // of the first, in a plane
     std::size_t row, column;  // likewise, among the outputs
-    std::size_t count;       // of places, outputs or not: columns beyond the last belong to no output
+    std::size_t count;        // of places, outputs or not: columns beyond the last belong to no output
 };
 
 std::size_t divided_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
@@ -289,8 +290,8 @@ private:
 
 // Writes the output [batch, filters, rows, columns]: for filters that are on the convolution over the channels that are
 // on, plus shift and residual, clamped to [low, high]; else 0. All arrays are dense float32, masks are bytes; the sizes
-// are those of `Sizes`, with an output of at least one pixel. Returns how many pairs of a filter and a channel have run,
-// -1 where memory ran out, -2 where the chosen instructions have no vectors.
+// are those of `Sizes`, with an output of at least one pixel. Returns how many pairs of a filter and a channel have
+// run, -1 where memory ran out, -2 where the chosen instructions have no vectors.
 POSTERN_EXPORT std::int64_t postern_filtered_conv(const float* input, const unsigned char* channels_on,
                                                   const unsigned char* filters_on, const float* weight,
                                                   const float* shift, const float* residual, float* output,

@@ -75,12 +75,23 @@ def filtered_conv(
         residual: added before the activation.
 
     Raises:
+        ValueError: operands that do not fit each other, or an input that is smaller than the filters.
         MemoryError: no memory for a copy of the inputs.
         Unavailable: another thread has chosen instructions meanwhile for which there is no kernel.
     """
     batch, channels, height, width = inputs.shape
     size = output_size(conv, height, width)
-    output = inputs.new_empty(batch, len(weight), *size)
+    if channels != conv.in_channels or min(size) < 1:
+        raise ValueError(f"{conv} does not take inputs of the shape {tuple(inputs.shape)}")
+    shape = (batch, len(weight), *size)
+    for name, each, wanted in (
+        ("active_in", active_in, (batch, channels)),
+        ("mask", mask, shape[:2]),
+        ("residual", residual, shape),
+    ):
+        if each is not None and each.shape != wanted:
+            raise ValueError(f"{name} has the shape {wanted}, got {tuple(each.shape)}")
+    output = inputs.new_empty(shape)
     dense = [each if each is None else each.contiguous() for each in (inputs, active_in, mask, weight, shift, residual)]
     padding = (int(conv.padding[0]), int(conv.padding[1]))
     sizes = (batch, channels, height, width, len(weight), *size, *conv.kernel_size, *conv.stride, *padding)

@@ -147,7 +147,7 @@ class DynamicConvBlock(nn.Module):
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """Weights and shifts of the convolution with its normalisation."""
-        weight, bias = self.conv.weight, self.conv.bias
+        weight, bias = self.conv.weight.contiguous(), self.conv.bias
         shift = weight.new_zeros(len(weight)) if bias is None else bias
         if self.bn is None:
             return weight.detach().clone(), shift.detach().clone()

@@ -176,6 +176,24 @@ def test_who_can_run(instructions):
             check(nn.Conv2d(1, 1, 1), None, torch.zeros(1, 1, 1, 1), None, torch.ones(1, 1, dtype=torch.bool), None)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inputs": (2, 5, 9, 9)}, "2, 5, 9, 9"),
+        ({"inputs": (2, 6, 9, 2)}, "2, 6, 9, 2"),
+        ({"active": (2, 7)}, r"active_in .* \(2, 6\), got \(2, 7\)"),
+        ({"mask": (1, 7)}, r"mask .* \(2, 7\), got \(1, 7\)"),
+        ({"residual": (2, 7, 7, 9)}, r"residual .* \(2, 7, 7, 7\), got"),
+    ],
+)
+def test_what_does_not_fit(instructions, changed, message):
+    shapes = {"inputs": (2, 6, 9, 9), "active": (2, 6), "mask": (2, 7), "residual": (2, 7, 7, 7)} | changed
+    inputs, active, mask, residual = (torch.zeros(shape) for shape in shapes.values())
+    conv = nn.Conv2d(6, 7, 3)
+    with pytest.raises(ValueError, match=message):
+        filtered_conv(conv, conv.weight, conv.bias, None, inputs, active.bool(), mask.bool(), residual)
+
+
 @torch.no_grad()
 def test_other_activations_run_without_it(instructions):
     torch.manual_seed(0)
