@@ -170,7 +170,7 @@ class Translation:
 _SMOKE = Translation(
     16, pairs=100, validation=30, test=30, width=32, heads=2, batch_size=32, warm_up_steps=4, checks=2, draws=3
 )
-_SMALL = Translation(800)
+_SMALL = Translation(2400, checks=12)
 _FULL = Translation(
     60_000,
     languages=8,
