@@ -436,7 +436,10 @@ def lowers_the_loss(config: TextModel, run: Run) -> Metrics:
     note=(
         f"{_FAIR} Fluctuation is the share of validation tokens whose set of experts changes between checkpoints at "
         "67, 75, 83, 92 and 100 % of the training, the mean over these and over layers. The temperatures of the "
-        "controls follow, layer by layer and step by step, the entropy that the other router has on the same batch."
+        "controls follow, layer by layer and step by step, the entropy that the other router has on the same batch. "
+        "Refuted at small scale: 38 % of the tokens change experts between checkpoints with plain routing, flat or not "
+        "(37.5 to 38.2), 50 % with similarity-aware and 42 % with attention-aware routing. All experts are used in all "
+        "arms."
     ),
 )
 def routes_more_stably(config: TextModel, run: Run) -> Metrics:
@@ -500,7 +503,10 @@ def routes_more_stably(config: TextModel, run: Run) -> Metrics:
     seeds=3,
     note=(
         f"{_FAIR} At given weights an average cannot be more decided than what it is made of is in the mean; so the "
-        "table also has the entropy of the same router's tokens before they are averaged (own), and both bounds."
+        "table also has the entropy of the same router's tokens before they are averaged (own), and both bounds. "
+        "Refuted at small scale: attention-aware choices have 1.75 nats of entropy, plain ones 1.34 and "
+        "similarity-aware ones 1.35. Averaging by attention makes a router's own 1.32 flatter; averaging by similarity "
+        "makes 1.52 sharper, down to nearly what is possible (1.34), which brings it level with plain routing."
     ),
 )
 def is_more_decided(config: TextModel, run: Run) -> Metrics:
