@@ -384,7 +384,8 @@ def maximum_mixes_better_than_average(config: Classification, run: Run) -> Metri
     seeds=5,
     note=_POOLING_NOTE
     + "The networks without spikes have the same graph and recipe, ReLU for every neuron, and one time step. If the "
-    "gap is the same there, the effect says nothing about spikes.",
+    "gap is the same there, the effect says nothing about spikes. At small scale the maximum gains 2.8 points with "
+    "spikes and 4.6 without: too few seeds to tell them apart, but nothing speaks for spikes.",
 )
 def gains_more_with_spikes_than_without(config: Classification, run: Run) -> Metrics:
     """Train networks with and without spikes that differ in their mixer."""
@@ -455,9 +456,9 @@ def gains_by_maxima_in_a_residual_network(config: Classification, run: Run) -> M
     seeds=3,
     note=_POOLING_NOTE
     + "Energy by the paper's model: 4.6 pJ for a multiplication of real input, 0.9 pJ for every addition of a spike, "
-    "counted on 256 test images. The pools themselves count nothing, so that only the rates of spikes differ. Refuted at "
-    "small scale: a maximum passes on a spike where any neighbour has one, so 2.4 times as many additions follow, and "
-    "2.1 times the energy. Both are a twentieth of what multiplications in all places would cost.",
+    "counted on 256 test images. The pools themselves count nothing, so that only the rates of spikes differ. Refuted "
+    "at small scale: a maximum passes on a spike where any neighbour has one, so 2.4 times as many additions follow, "
+    "and 2.1 times the energy. That is still a twentieth of what multiplications in all places would cost.",
 )
 def costs_no_more_energy(config: Classification, run: Run) -> Metrics:
     """Train spiking networks that differ in their mixer, and count spikes."""
