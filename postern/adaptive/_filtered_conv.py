@@ -17,6 +17,8 @@ from postern.errors import Unavailable
 
 _Sizes = ctypes.c_int64 * 16
 
+_native.share_threads()  # torch's, which has been imported by now, whoever loaded the kernels
+
 # What activations clamp to.
 _BOUNDS: Mapping[type[nn.Module], tuple[float, float]] = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0)}
 

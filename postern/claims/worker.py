@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from postern import _native
 from postern.claims.comparison import TIMING, Experiment, Setting
 from postern.claims.fingerprint import fingerprint, hash_of
 from postern.claims.outcome import Job, JobResult, Status
@@ -102,6 +103,9 @@ def perform_apart(job: Job, folder: str) -> JobResult:
         The result, with the end of the output.
     """
     _stand_alone(folder)
+    # Compiled kernels that were loaded before a fork let go of torch's threads in it, as the parent might have been
+    # using them; the parent of this process does nothing but fork.
+    _native.share_threads()
     with _redirected(Path(folder, "output")):
         report = _ProgressFile(Path(folder, "progress"))
         report("starting", 0, None)
