@@ -678,7 +678,10 @@ class Serving:
     exclusive=True,
     note=(
         "The full network has no exits. Weights are random, as they do not matter for time; thresholds are calibrated "
-        "so that as many images leave at each exit, and the gates are so steep that they agree with them."
+        "so that as many images leave at each exit, and the gates are so steep that they agree with them. Refuted at "
+        "small scale by the gates at batch 1: with 57 % of the multiply-adds they take 81 % of the full network's "
+        "time, thresholds 69 %. A gate is some twenty small operators at each of seven exits, and the whole network "
+        "takes 4 milliseconds."
     ),
 )
 def saves_time(config: Serving, run: Run) -> Metrics:

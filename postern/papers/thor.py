@@ -447,7 +447,9 @@ def beats_switch_and_dense(config: Translation, run: Run) -> Metrics:
     seeds=3,
     note=(
         f"{_SYNTHETIC} The decisive control: where this fails, what THOR gains is consistency under dropout. Each has "
-        "the better of two weights of the consistency, and as many steps of two passes."
+        "the better of two weights of the consistency, and as many steps of two passes. Refuted at small scale: after "
+        "1,200 steps R-Drop loses 1.01 nats and THOR 2.56, with alpha 1 for both. Draws of experts hardly differ by "
+        "then (see the claim about consistency): the model has learnt to do without them."
     ),
 )
 def experts_matter_beyond_consistency(config: Translation, run: Run) -> Metrics:
@@ -473,7 +475,9 @@ def experts_matter_beyond_consistency(config: Translation, run: Run) -> Metrics:
     seeds=3,
     note=(
         f"{_SYNTHETIC} Agreement is the mean symmetric divergence between each two of ten draws of an expert a "
-        "sentence, on validation sentences; the spread is the standard deviation of the loss over ten draws."
+        "sentence, on validation sentences; the spread is the standard deviation of the loss over ten draws. At small "
+        "scale draws hardly differ without consistency either (0.005 nats), and the loss is 2.6 nats a token without "
+        "and 2.8 with it: the model has learnt to do without the experts."
     ),
 )
 def consistency_aligns_experts(config: Translation, run: Run) -> Metrics:
@@ -519,7 +523,8 @@ def consistency_aligns_experts(config: Translation, run: Run) -> Metrics:
     seeds=3,
     note=(
         f"{_SYNTHETIC} One model with a consistency of weight 5. Fixed is the first expert of every layer; the others, "
-        "draws by token and the mean of experts within a layer are in the table. Random draws are the mean of ten."
+        "draws by token and the mean of experts within a layer are in the table. Random draws are the mean of ten. "
+        "That it holds at small scale says little: at 2.8 nats a token the model has learnt to do without the experts."
     ),
 )
 def random_inference_is_safe(config: Translation, run: Run) -> Metrics:

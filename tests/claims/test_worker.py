@@ -66,6 +66,14 @@ def test_output_and_progress_are_left_in_the_folder(tmp_path: Path) -> None:
     assert (told["label"], told["done"], told["total"]) == ("steps", 4, 4)
 
 
+def test_kernels_get_torchs_threads_back_after_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(worker._native, "share_threads", lambda: order.append("threads"))
+    monkeypatch.setattr(worker, "perform", lambda job, report: order.append("job") or perform(job, report))
+    perform_apart(job("behaves"), str(tmp_path))
+    assert order == ["threads", "job"]
+
+
 def test_standard_output_is_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     perform_apart(job("prints"), str(tmp_path))
     os.write(1, b"mine again\n")
