@@ -3,21 +3,7 @@
 
 #ifdef POSTERN_X86
 
-// Every standard header comes before the pragma: an inline function of the library compiled for AVX2 could be picked by
-// the linker for the whole program.
-#include <immintrin.h>
-
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "simd_target_avx2.h"
 
 namespace postern {
 namespace {
@@ -30,10 +16,6 @@ const SoftmaxKernels* const softmax_avx2 = kernels;
 
 }  // namespace postern
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+#include "simd_target_end.h"
 
 #endif

@@ -191,7 +191,8 @@ _SCALES = {"smoke": _SMOKE, "small": _SMALL, "full": _FULL}
 _SYNTHETIC = (
     "Three synthetic languages, 2000 pairs of sentences, models of half a million parameters without experts; losses "
     "are nats a token of test sentences, in training labels are smoothed by 0.1. Each model is tested where its "
-    "validation loss was best."
+    "validation loss was best. 2,400 passes train it at small scale: after 800, which were tried before, all models "
+    "were still learning fast, and THOR was behind as well."
 )
 
 

@@ -104,11 +104,12 @@ def test_float32_stays_near():
     assert max(twins.errors()) < 1e-5
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_factors_do_not_drift_in_thousands_of_steps(dtype, tolerance):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_factors_do_not_drift_in_thousands_of_steps(dtype):
     twins = Twins(ZLoss(1.0, 4.0), 0.5, classes=40, width=8, dtype=dtype, stabilize_every=20)
     twins.train(2000, 8)
-    assert max(twins.errors()) < tolerance
+    # less than if each step's rounding, of half a unit, added to that of the steps before
+    assert max(twins.errors()) < 2000 * torch.finfo(dtype).eps / 2
     values = torch.linalg.svdvals(twins.factored.mixer)
     assert values.min() > 0.1
     assert values.max() < 10
