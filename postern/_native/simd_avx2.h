@@ -53,9 +53,12 @@ private:
 inline Floats operator+(Floats a, Floats b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 // Where one is NaN: b.
 inline Floats maximum(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+// a where the sign of x is set, else b.
+inline Floats where_negative(Floats x, Floats a, Floats b) { return {_mm256_blendv_ps(b.v, a.v, x.v)}; }
 
 // 2^exponent for integers from -127 (which gives 0) to 127: adding the magic number leaves exponent + 127 in the low
 // bits of the mantissa.

@@ -52,8 +52,13 @@ private:
 inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline Floats maximum(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+// a where the sign of x is set, else b.
+inline Floats where_negative(Floats x, Floats a, Floats b) {
+    return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x.v)), b.v, a.v)};
+}
 inline Floats scale(Floats a, Floats exponent) { return {_mm512_scalef_ps(a.v, exponent.v)}; }
 // a * 2^exponent * factor with denormal results.
 inline Floats scale_gradually(Floats a, Floats exponent, Floats factor) { return scale(a * factor, exponent); }

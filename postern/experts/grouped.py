@@ -93,8 +93,10 @@ def _differentiate(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tup
         if x.device.type != "cpu" and _is_taken(x, grad):
             return of_x, F.grouped_mm(x.t(), grad, offs=ends)
         of_weight = memory.empty(weight.shape, weight.dtype, weight.device)
-        for group, rows in enumerate(_slices(ends)):
-            torch.mm(x[rows].t(), grad[rows], out=of_weight[group])
+        sizes = [rows.stop - rows.start for rows in _slices(ends)]
+        sizes.append(len(x) - sum(sizes))
+        for rows, of_rows, out in zip(x.split(sizes), grad.split(sizes), of_weight.unbind(), strict=False):
+            torch.mm(rows.t(), of_rows, out=out)
         return of_x, of_weight
 
 

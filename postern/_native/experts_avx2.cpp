@@ -1,0 +1,21 @@
+// Banks of experts compiled for AVX2, whatever the compiler's own target is; chosen at run time.
+#include "experts.h"
+
+#ifdef POSTERN_X86
+
+#include "simd_target_avx2.h"
+
+namespace postern {
+namespace {
+#include "simd_avx2.h"
+#include "simd_common.h"
+#include "experts_kernels.h"
+}  // namespace
+
+const ExpertKernels experts_avx2 = kernels;
+
+}  // namespace postern
+
+#include "simd_target_end.h"
+
+#endif
