@@ -110,8 +110,13 @@ class FeedForwardExperts(nn.Module):
             A row for each row; or one for each assignment, those of the first token first.
         """
         weights = self.expand, self.contract, self.expand_bias, self.contract_bias
-        if _expert_kernels.can_infer(rows, self.activation, *weights) and not (self.training and self.dropout.p > 0):
-            in_order = torch.arange(len(rows)) if order is None else order
+        in_order = torch.arange(len(rows), device=rows.device) if order is None else order
+        if (
+            _expert_kernels.can_infer(rows, self.activation, *weights)
+            and not (self.training and self.dropout.p > 0)
+            # the kernel gives each thread some rows, where torch gives each some columns of the same rows
+            and len(in_order) >= torch.get_num_threads()
+        ):
             return _expert_kernels.feed_forward(rows, in_order, ends, *weights, self.activation)
         if order is None:
             return self._forward_sorted(rows, ends)
