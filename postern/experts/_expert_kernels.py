@@ -22,7 +22,7 @@ _native.share_threads()  # torch's, which has been imported by now, whoever load
 
 # The codes of the C interface.
 _RELU, _SILU, _GELU = 1, 2, 3
-_FUNCTIONS: dict[Any, int] = {F.relu: _RELU, torch.relu: _RELU, F.silu: _SILU, F.gelu: _GELU}
+_FUNCTIONS = ((F.relu, _RELU), (torch.relu, _RELU), (F.silu, _SILU), (F.gelu, _GELU))
 _MODULES: dict[type[nn.Module], int] = {nn.ReLU: _RELU, nn.SiLU: _SILU, nn.GELU: _GELU}
 
 
@@ -60,7 +60,7 @@ def _code(activation: Callable[[Tensor], Tensor]) -> int | None:
     if isinstance(activation, nn.Module):
         is_approximate = getattr(activation, "approximate", "none") != "none"
         return None if is_approximate else _MODULES.get(type(activation))
-    return _FUNCTIONS.get(activation)
+    return next((code for known, code in _FUNCTIONS if activation is known), None)
 
 
 def feed_forward(
@@ -74,6 +74,8 @@ def feed_forward(
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "assignments width"]:
     """What each expert makes of the tokens that are assigned to it; see `postern.experts.FeedForwardExperts`.
+
+    The result for a token is the same to the bit, whatever tokens are with it and on however many threads.
 
     Args:
         tokens: each has as many assignments as the others.
@@ -121,25 +123,27 @@ def feed_forward(
         _Sizes(len(order), top_k, num_experts, width, hidden_dim, is_gated, code),
         torch.get_num_threads(),
     )
-    if failure == 1:
-        raise MemoryError(
-            f"no memory for copies of a few of the tokens {tuple(tokens.shape)} and of an expert's weights"
-        )
     if failure == 3:
         raise ValueError(
             f"the order and ends are of {len(order)} assignments, got numbers from {int(order.min())} to "
             f"{int(order.max())} and ends {ends.tolist()}"
         )
+    _check(failure, tokens)
+    return output
+
+
+def _check(failure: int, operand: Tensor) -> None:
+    if failure == 1:
+        raise MemoryError(f"no memory to work on {tuple(operand.shape)}")
     if failure:
         raise Unavailable(_native.status().reason)
-    return output
 
 
 def gate(hidden: Float[Tensor, "rows twice"], activation: Callable[[Tensor], Tensor]) -> Float[Tensor, "rows half"]:
     """``activation(g) * v`` of gates and values side by side, ``hidden = [g, v]``, and its gradient in one pass.
 
     Args:
-        hidden: of an even number of columns; float32, on the CPU, as `can_run` wants it but for the gradient.
+        hidden: of an even number of columns; float32, on the CPU, as `can_gate` wants it.
         activation: one that the kernel knows.
 
     Raises:
@@ -169,8 +173,7 @@ def _gate_backward(grad: Tensor, hidden: Tensor, code: int) -> Tensor:
 
 def _run_rows(name: str, code: int, like: Tensor, *operands: Tensor) -> None:
     function = _bound(name, *[ctypes.c_void_p] * len(operands), *[ctypes.c_int64] * 2, *[ctypes.c_int] * 2)
-    if function(*(x.data_ptr() for x in operands), *like.shape, code, torch.get_num_threads()):
-        raise Unavailable(_native.status().reason)
+    _check(function(*(x.data_ptr() for x in operands), *like.shape, code, torch.get_num_threads()), like)
 
 
 def _gate_like(hidden: Tensor, code: int) -> Tensor:

@@ -95,7 +95,7 @@ def _differentiate(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tup
         of_weight = memory.empty(weight.shape, weight.dtype, weight.device)
         sizes = [rows.stop - rows.start for rows in _slices(ends)]
         sizes.append(len(x) - sum(sizes))
-        for rows, of_rows, out in zip(x.split(sizes), grad.split(sizes), of_weight.unbind(), strict=False):
+        for rows, of_rows, out in zip(torch.split(x, sizes), torch.split(grad, sizes), of_weight, strict=False):
             torch.mm(rows.t(), of_rows, out=out)
         return of_x, of_weight
 

@@ -103,6 +103,14 @@ def test_sizes_of_models(instructions, threads, tokens, width, hidden, is_gated)
     torch.testing.assert_close(found, expected(bank, F.silu, x, expert), atol=2e-5, rtol=1e-4)
 
 
+def test_a_token_gets_the_same_in_any_company(instructions, threads):
+    bank, x, order, ends, expert = case(2, 300, 530, True, True, 900, 1)
+    together = run(bank, F.silu, x, order, ends)
+    for token in (0, 1, 899):
+        own = torch.tensor([expert[token] <= number for number in range(2)]).long()
+        assert torch.equal(run(bank, F.silu, x[token, None], torch.tensor([0]), own)[0], together[token])
+
+
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, nn.ReLU(), nn.SiLU(), nn.GELU()])
 def test_activations_are_exact_at_any_size(instructions, activation):
     inputs = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e30])])
