@@ -100,4 +100,4 @@ class DenseToSparseRouter(nn.Module):
     @torch.no_grad()
     def _num_active(self, probabilities: Tensor, mask: Tensor | None) -> int:
         active = (probabilities > self.threshold).sum(-1).double()
-        return int(active.mean() if mask is None else active[mask].mean().nan_to_num())
+        return int((active if mask is None else active[mask]).mean().nan_to_num())

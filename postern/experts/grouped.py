@@ -32,7 +32,7 @@ def grouped_mm(
         ends: where each group ends, ascending.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; on the CPU, groups that end behind the last row.
     """
     if x.dim() != 2 or weight.dim() != 3 or weight.shape[1] != x.shape[1] or ends.shape != weight.shape[:1]:
         raise ValueError(
@@ -73,11 +73,13 @@ def _slices(ends: Tensor) -> list[slice]:
 
 def _multiply(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     x = x.contiguous()
+    if x.device.type == "cpu" and not 0 <= (last := int(ends[-1])) <= len(x):
+        raise ValueError(f"the last group of {len(x)} rows ends at {len(x)} or before, got {last}")
     with without_autocast(x.device):
         if _is_taken(x, weight) and weight.shape[2] * weight.element_size() % 16 == 0:
             output = F.grouped_mm(x, weight, offs=ends)
             if x.device.type == "cpu":
-                output[int(ends[-1]) :].zero_()
+                output[last:].zero_()
                 return output
             return output.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0.0)
         output = x.new_zeros(len(x), weight.shape[2])

@@ -142,9 +142,9 @@ class MixtureOfExperts(nn.Module):
             outputs = self.experts(rows, found.ends, found.order)
         else:
             outputs = self.experts(rows[found.order // top_k], found.ends)[found.order.argsort()]
-        outputs = outputs.view(-1, top_k, self.width)
+        outputs = outputs.view(len(rows), top_k, self.width)
         weights = routing.weights.flatten(0, 1).unsqueeze(1).to(outputs.dtype)
-        return torch.bmm(weights, outputs).view(*tokens.shape[:2], -1), routing
+        return torch.bmm(weights, outputs).view(tokens.shape), routing
 
 
 def evaluate_densely(

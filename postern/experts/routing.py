@@ -91,7 +91,7 @@ def balance_loss(
     num_experts = probabilities.shape[-1]
     share = expert_shares(indices, num_experts, mask)
     if mask is None:
-        mean = probabilities.flatten(0, -2).mean(0)
+        mean = _mean(probabilities.flatten(0, -2))
     else:
         mean = (probabilities * mask.unsqueeze(-1)).flatten(0, -2).sum(0) / mask.sum().clamp_min(1)
     return num_experts * (share.to(mean.dtype) * mean).sum()
@@ -124,7 +124,12 @@ def router_z_loss(
         mask: true where a token counts.
     """
     squares = logits.logsumexp(-1).square()
-    return squares.mean() if mask is None else (squares * mask).sum() / mask.sum().clamp_min(1)
+    return _mean(squares.flatten()) if mask is None else (squares * mask).sum() / mask.sum().clamp_min(1)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over tokens, the first axis; 0 where there are none."""
+    return x.mean(0) if len(x) else x.sum(0)
 
 
 def evenly(

@@ -20,6 +20,7 @@ from postern.experts import (
     RoutingContext,
     SoftmaxRouter,
     TemperatureGate,
+    TokenGraphRouter,
     balance_loss,
     dispatch,
     evaluate_densely,
@@ -67,6 +68,8 @@ def test_the_operator_keeps_torchs_rules():
 
 
 def test_products_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="the last group of 3 rows ends at 3 or before, got 4"):
+        grouped_mm(torch.zeros(3, 4), torch.zeros(2, 4, 6), torch.tensor([1, 4]))
     with pytest.raises(ValueError, match=r"\[3, 4\], \[2, 5, 6\] and \[2\]"):
         grouped_mm(torch.zeros(3, 4), torch.zeros(2, 5, 6), torch.tensor([1, 3]))
 
@@ -115,6 +118,20 @@ def test_modules_serve_as_experts():
     torch.testing.assert_close(layer(x)[0], evaluate_densely(layer, x))
     with pytest.raises(ValueError, match="got none"):
         ModuleExperts([])
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 8), (0, 3, 8)])
+@pytest.mark.parametrize(
+    "router", [SoftmaxRouter(8, 4, top_k=2, z=0.1), DenseToSparseRouter(8, 4), TokenGraphRouter(8, 4)]
+)
+@pytest.mark.parametrize("bank", [FeedForwardExperts(4, 8, 16), ModuleExperts([torch.nn.Linear(8, 8)] * 4)])
+def test_no_tokens_are_no_error(shape, router, bank):
+    layer = MixtureOfExperts(router, bank)
+    found, routing = layer(torch.zeros(shape))
+    assert found.shape == shape
+    assert routing.auxiliary_loss == 0
+    with torch.no_grad():
+        assert layer(torch.zeros(shape))[0].shape == shape
 
 
 # -- dispatch ---------------------------------------------------------------------------------------------------------
