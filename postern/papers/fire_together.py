@@ -488,9 +488,10 @@ class Serving:
     seeds=5,
     exclusive=True,
     note=(
-        "Stages as wide as those of VGG-16. Normalisation is folded into the weights of all networks, and dense and "
-        "static ones have their channels last, which is faster. Weights and masks are random, the masks different for "
-        "every image. A static network of equal multiply-adds, and a batch of 64, in which hardly two images share a "
+        "Stages of 64 to 256 filters. At the small scale gathered filters run 41 % of the "
+        "multiply-adds, and the static network 40. Normalisation is folded into the weights of all networks, and dense "
+        "and static ones have their channels last, which is faster. Weights and masks are random, the masks different "
+        "for every image. A static network, and a batch of 64, in which hardly two images share a "
         "mask, are shown besides."
     ),
 )

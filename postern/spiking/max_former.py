@@ -1,7 +1,7 @@
 """Max-Former: a spiking transformer with maxima in its patch embeddings and attention in the last stage alone.
 
 Stages of a patch embedding and blocks; a block mixes positions and then channels. Spiking neurons pass low
-frequencies; maxima and depth-wise convolutions bring high ones back.
+frequencies; maxima and depth-wise convolutions are to bring high ones back.
 
 Paper: "Spiking Neural Networks Need High-Frequency Information", arXiv 2505.18608. An image is shown at every time
 step, so its first convolution runs once. On ImageNet the code has two blocks in the second stage, as here by default,

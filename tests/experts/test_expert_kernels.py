@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from postern import _native
 from postern.errors import Unavailable
-from postern.experts import Capacity, FeedForwardExperts, MixtureOfExperts, SoftmaxRouter, evaluate_densely
+from postern.experts import (
+    Capacity,
+    FeedForwardExperts,
+    MixtureOfExperts,
+    SoftmaxRouter,
+    _expert_kernels,
+    evaluate_densely,
+)
 from postern.experts._expert_kernels import can_gate, can_infer, feed_forward, gate
 
 VECTORS = [name for name in _native.instruction_sets() if name != "portable"]
@@ -131,8 +138,15 @@ def test_what_is_no_finite_number_stays_none(instructions, activation):
     assert found[3].isfinite()
 
 
-def test_layers_infer_as_they_train(instructions, threads):
+def test_layers_infer_as_they_train(instructions, threads, monkeypatch):
     torch.manual_seed(0)
+    calls = []
+
+    def counted(*operands):
+        calls.append(len(operands[1]))
+        return feed_forward(*operands)
+
+    monkeypatch.setattr(_expert_kernels, "feed_forward", counted)
     for is_gated in (False, True):
         bank = FeedForwardExperts(4, 48, 96, is_gated=is_gated)
         layer = MixtureOfExperts(SoftmaxRouter(48, 4, top_k=2), bank, capacity=Capacity(0.8))
@@ -145,6 +159,8 @@ def test_layers_infer_as_they_train(instructions, threads):
         layer.capacity = None
         with torch.no_grad():
             torch.testing.assert_close(layer(x)[0], evaluate_densely(layer, x), atol=1e-6, rtol=1e-4)
+    # each layer infers twice, and each expert sees all tokens for the definition; training does without
+    assert calls == 2 * [120, 120, 60, 60, 60, 60]
 
 
 def test_inference_with_dropout_in_training_drops():
