@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
+from statistics import fmean, stdev
+from typing import Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from postern.claims import AllOf, AtLeast, AtMost, Metrics, Paper, Run, Within
+from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Run, Within
+from postern.data import ImageName, load
 from postern.experts import (
+    DenseToSparseRouter,
+    FeedForwardExperts,
     GaussianMixtureOfExperts,
     IdentifiabilityReport,
+    LinearTemperatureSchedule,
+    MixtureOfExperts,
     MixtureParameters,
     SoftmaxGate,
+    TemperatureGate,
     identifiability_report,
+    set_temperature,
     theorem_exponents,
 )
+from postern.nets import ExpertLanguageModel, consecutive_windows, language_model_loss, train_language_model
+from postern.papers._corpora import read_corpus
 from postern.papers._gaussian_experts import Errors, World, drawn_world, fit_to_the_end, replicates
 
 PAPER = Paper(
@@ -139,6 +157,126 @@ SMALL = Study((1000, 4000, 16_000, 64_000), 20)
 FULL = Study((10_000, 100_000, 1_000_000), 10, features=8, experts=4)
 STUDIES = {"smoke": SMOKE, "small": SMALL, "full": FULL}
 DENSITIES = STUDIES | {"small": replace(SMALL, replicates=4)}
+
+
+@dataclass(frozen=True)
+class Gating:
+    """A gate of a layer.
+
+    Attributes:
+        label: for the reader.
+        activation: of its scores.
+        temperature: "fixed" at 1, "scheduled" from 2 to 0.3, or "learned".
+        has_one_start: whether a learnt temperature starts at 1; otherwise anywhere between a third and three, evenly
+            in its logarithm.
+    """
+
+    label: str
+    activation: str | None
+    temperature: Literal["fixed", "scheduled", "learned"]
+    has_one_start: bool = True
+
+    def router(self, width: int, experts: int) -> DenseToSparseRouter:
+        """A router that lets all experts work on each token, as in the model of the theorems."""
+        return DenseToSparseRouter(
+            width,
+            experts,
+            experts,
+            temperature="learned" if self.temperature == "learned" else 1.0,
+            activation=self.activation,
+            has_noise=False,
+            balance=0.0,
+        )
+
+    def begin(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Set the temperatures of a model to where they start."""
+        if not self.has_one_start:
+            set_temperature(model, 3.0 ** (2 * torch.rand((), generator=generator).item() - 1))
+
+    def step(self, model: nn.Module, progress: float) -> None:
+        """Set the temperatures of a model after a share of the training."""
+        if self.temperature == "scheduled":
+            set_temperature(model, LinearTemperatureSchedule(1)(progress))
+
+
+GATINGS = {
+    "fixed": Gating("linear, fixed at 1", None, "fixed"),
+    "scheduled": Gating("linear, from 2 to 0.3", None, "scheduled"),
+    "linear": Gating("linear, learnt", None, "learned"),
+    "tanh": Gating("tanh, learnt", "tanh", "learned"),
+    "linear_anywhere": Gating("linear, learnt from anywhere", None, "learned", has_one_start=False),
+    "tanh_anywhere": Gating("tanh, learnt from anywhere", "tanh", "learned", has_one_start=False),
+}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Classifiers of images, each of one layer of experts, which sees pixels: so do the rows of its gate.
+
+    Adam, the same rate for all gates.
+    """
+
+    dataset: ImageName
+    images: int  # that are learnt from, the same for all networks of a seed
+    epochs: int
+    networks: int = 5  # of each gate; they differ in their start and in the order of images
+    pool: int = 1  # pixels a side that are averaged
+    experts: int = 8
+    hidden_dim: int = 32
+    batch: int = 128
+    rate: float = 1e-3
+
+
+LAYERS = {
+    "smoke": Layers("digits", 500, 5, networks=3),
+    "small": Layers("ylecun/mnist", 10_000, 20, pool=2),
+    "full": Layers("ylecun/mnist", 60_000, 50, networks=10),
+}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A causal language model with experts in every layer; AdamW without decay, the same rate for all gates."""
+
+    corpus: str
+    width: int
+    layers: int
+    heads: int
+    context: int
+    hidden_dim: int  # of each expert
+    batch: int
+    steps: int
+    rate: float
+    warm_up_steps: int
+    windows: int  # of held-out text
+    networks: int = 3  # of each gate; they differ in their start and in the windows that they see
+    experts: int = 8
+    characters: int | None = None  # of each part of the text
+    vocabulary: int = 0  # byte-pair tokens; 0 for the distinct characters
+    accumulation: int = 1
+    autocast: torch.dtype | None = None
+
+
+TEXT_MODELS = {
+    "smoke": TextModel("python-stdlib", 32, 2, 2, 32, 32, 8, 10, 1e-3, 2, 16, networks=2, characters=100_000),
+    "small": TextModel("karpathy/tiny_shakespeare", 64, 2, 4, 64, 64, 16, 400, 2e-3, 40, 128),
+    "full": TextModel(
+        "Salesforce/wikitext/wikitext-103-v1",
+        256,
+        6,
+        8,
+        512,
+        256,
+        48,
+        40_000,
+        7e-4,
+        2000,
+        240,
+        vocabulary=50_272,
+        accumulation=4,
+        autocast=torch.bfloat16,
+    ),
+}
 
 
 # -- the claims -------------------------------------------------------------------------------------------------------
@@ -277,6 +415,203 @@ def densities_converge_with_every_activation(config: Study, run: Run) -> Metrics
     return errors.slopes() | errors.last()
 
 
+@PAPER.claim(
+    "In a layer of experts of a classifier, a temperature learnt behind tanh spreads less from one training to the "
+    "next than one learnt behind linear scores.",
+    reported="Not reported: follows from the rates.",
+    holds_when=Difference("spread_linear", "spread_tanh", at_least=0.0),
+    scales=LAYERS,
+    seeds=5,
+    note=(
+        "Spread is the standard deviation of the logarithm of the temperature over trainings that differ in their "
+        "start and in the order of images. Beside it: accuracy, and the cosine of gate rows of two trainings after the "
+        "best matching of experts, from which for linear scores, whose gate is blind to it, the mean row is taken. "
+        "Temperatures start at 1; two more arms start them anywhere between a third and three."
+    ),
+)
+def tanh_steadies_learnt_temperatures(config: Layers, run: Run) -> Metrics:
+    """Train classifiers with a layer of experts and one of several gates."""
+    train, test = load(config.dataset, "train"), load(config.dataset, "test")
+    chosen = train.at(torch.randperm(len(train), generator=run.generator())[: config.images])
+    inputs, held_out = (F.avg_pool2d(part.scaled(), config.pool).flatten(1) for part in (chosen, test))
+    mean, std = inputs.mean(), inputs.std()
+    inputs, held_out = (((part - mean) / std).to(run.device) for part in (inputs, held_out))
+    labels, answers = chosen.labels.to(run.device), test.labels.to(run.device)
+    metrics: dict[str, float] = {}
+    rows, temperatures = [], {}
+    for name, gating in GATINGS.items():
+        networks, first_rows = [], []
+        for network in run.progress(range(config.networks), gating.label):
+            # the n-th networks of all gates have the same weights at first
+            generator = run.generator(1 + network)
+            classifier = _Classifier(inputs.shape[1], train.num_classes, config, gating, generator).to(run.device)
+            first_rows.append(classifier.gate_rows())
+            _train_classifier(classifier, inputs, labels, config, generator)
+            networks.append(classifier.eval())
+        with torch.no_grad():
+            accuracy = fmean((each(held_out).argmax(1) == answers).double().mean().item() for each in networks)
+        learnt = [each.router.gate.temperature.item() for each in networks]
+        spread = stdev(np.log(learnt).tolist())
+        temperatures[gating.label] = learnt
+        metrics |= {f"accuracy_{name}": accuracy, f"spread_{name}": spread}
+        metrics[f"cosine_{name}"] = matched_cosine([each.gate_rows() for each in networks])
+        rows.append(
+            {
+                "gate": gating.label,
+                "accuracy": accuracy,
+                "temperature": float(np.exp(np.log(learnt).mean())),
+                "spread": spread,
+                "cosine of rows": metrics[f"cosine_{name}"],
+                "before training": matched_cosine(first_rows),
+            }
+        )
+    _show_temperatures(run, rows, temperatures)
+    return metrics
+
+
+@PAPER.claim(
+    "In a language model with experts in every layer, temperatures learnt behind tanh spread less from one training to "
+    "the next than those learnt behind linear scores.",
+    reported="Not reported: follows from the rates.",
+    holds_when=Difference("spread_linear", "spread_tanh", at_least=0.0),
+    scales=TEXT_MODELS,
+    seeds=5,
+    note=(
+        "Spread is the standard deviation of the logarithm of a layer's temperature over trainings that differ in "
+        "their start and in the text that they see, its mean over layers. All experts work on each token. Temperatures "
+        "start at 1; two more arms start them anywhere between a third and three."
+    ),
+)
+def tanh_steadies_temperatures_of_language_models(config: TextModel, run: Run) -> Metrics:
+    """Train language models whose experts have one of several gates."""
+    corpus = read_corpus(config.corpus, config.characters, config.vocabulary, has_test=True)
+    assert corpus.test is not None
+    windows = consecutive_windows(corpus.test, config.context + 1, config.windows)
+    metrics: dict[str, float] = {}
+    rows: list[dict[str, str | float]] = []
+    drawn = {}
+    for name, gating in GATINGS.items():
+        losses, temperatures = [], []
+        for network in range(config.networks):
+            generator = run.generator(1 + network)
+            model = _language_model(config, gating, corpus.num_tokens, generator).to(run.device)
+            steps = run.progress(range(config.steps), f"{gating.label}, {network + 1} of {config.networks}")
+            train_language_model(
+                model,
+                corpus.train,
+                context=config.context,
+                steps=config.steps,
+                batch_size=config.batch,
+                learning_rate=config.rate,
+                generator=generator,
+                warm_up_steps=config.warm_up_steps,
+                accumulation=config.accumulation,
+                autocast=config.autocast,
+                loss=model.loss,
+                progress=partial(_stepping, model, gating, steps),
+            )
+            losses.append(language_model_loss(model, windows, config.batch // config.accumulation))
+            temperatures.append(
+                [module.temperature.item() for module in model.modules() if isinstance(module, TemperatureGate)]
+            )
+        by_layer = np.log(np.array(temperatures)).T
+        metrics[f"loss_{name}"] = fmean(losses)
+        metrics[f"spread_{name}"] = float(by_layer.std(axis=1, ddof=1).mean())
+        drawn[gating.label] = np.exp(by_layer).ravel().tolist()
+        means = {f"temperature of layer {layer}": float(np.exp(each.mean())) for layer, each in enumerate(by_layer, 1)}
+        rows.append(
+            {
+                "gate": gating.label,
+                "test loss": metrics[f"loss_{name}"],
+                **means,
+                "spread": metrics[f"spread_{name}"],
+            }
+        )
+    _show_temperatures(run, rows, drawn)
+    return metrics
+
+
+class _Classifier(nn.Module):
+    """``head(x + experts(x))``."""
+
+    def __init__(
+        self, width: int, num_classes: int, config: Layers, gating: Gating, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        with _drawn_from(generator):
+            self.router = gating.router(width, config.experts)
+            bank = FeedForwardExperts(config.experts, width, config.hidden_dim, activation=F.relu)
+            self.head = nn.Linear(width, num_classes)
+        self.experts = MixtureOfExperts(self.router, bank)
+        self.gating = gating
+        gating.begin(self, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.head(x + self.experts(x[:, None])[0][:, 0])
+        return output
+
+    def gate_rows(self) -> Tensor:
+        """What of the gate's slopes its weights depend on."""
+        rows = self.router.gate.weight.detach().cpu().clone()
+        return rows - rows.mean(0) if self.gating.activation is None else rows
+
+
+def _train_classifier(
+    classifier: _Classifier, inputs: Tensor, labels: Tensor, config: Layers, generator: torch.Generator
+) -> None:
+    optimizer = torch.optim.Adam(classifier.parameters(), config.rate)
+    batches = [
+        batch
+        for _ in range(config.epochs)
+        for batch in torch.split(torch.randperm(len(inputs), generator=generator).to(inputs.device), config.batch)
+    ]
+    for step, batch in enumerate(batches):
+        classifier.gating.step(classifier, step / len(batches))
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(classifier(inputs[batch]), labels[batch]))
+        optimizer.step()
+
+
+def _language_model(
+    config: TextModel, gating: Gating, num_tokens: int, generator: torch.Generator
+) -> ExpertLanguageModel:
+    def mixture(_: int) -> MixtureOfExperts:
+        bank = FeedForwardExperts(config.experts, config.width, config.hidden_dim, activation=F.relu)
+        return MixtureOfExperts(gating.router(config.width, config.experts), bank)
+
+    with _drawn_from(generator):
+        model = ExpertLanguageModel(num_tokens, mixture, config.width, config.layers, config.heads, config.context)
+    gating.begin(model, generator)
+    return model
+
+
+def _stepping(model: nn.Module, gating: Gating, shown: Iterable[int], steps: Sequence[int]) -> Iterator[int]:
+    for step in shown:
+        gating.step(model, step / len(steps))
+        yield step
+
+
+@contextmanager
+def _drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """Let modules draw their first weights from a generator."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        yield
+
+
+def matched_cosine(gates: Sequence[Tensor]) -> float:
+    """Mean cosine of the rows of two gates after the matching of experts with the largest sum, over all pairs.
+
+    Args:
+        gates: rows ``[experts, features]`` of at least two.
+    """
+    found = []
+    for first, second in itertools.combinations(gates, 2):
+        cosines = (F.normalize(first.double(), dim=1) @ F.normalize(second.double(), dim=1).T).numpy()
+        found.append(float(cosines[linear_sum_assignment(cosines, maximize=True)].mean()))
+    return fmean(found)
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +661,25 @@ def _show(run: Run, errors: Errors, exponents: dict[str, float]) -> None:
         "rates",
         drawn.draw("median error"),
         f"Median error against the number of samples, both on logarithmic axes. Slopes: {errors.in_words()}",
+    )
+
+
+def _show_temperatures(
+    run: Run, rows: Sequence[Mapping[str, str | float]], temperatures: Mapping[str, Sequence[float]]
+) -> None:
+    run.table("gates", rows)
+    figure = Figure(figsize=(6, 0.8 + 0.4 * len(temperatures)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, values in enumerate(temperatures.values()):
+        axes.semilogx(values, [place] * len(values), "|", markersize=12)
+    axes.set_yticks(range(len(temperatures)), list(temperatures))
+    axes.set_xlabel("temperature")
+    axes.invert_yaxis()
+    spreads = ", ".join(f"{row['gate']} {row['spread']:.2g}" for row in rows)
+    run.figure(
+        "temperatures",
+        figure,
+        f"Temperatures after training, a line each. Standard deviation of their logarithm: {spreads}.",
     )
 
 
