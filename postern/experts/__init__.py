@@ -10,7 +10,7 @@ from postern.experts.consistency import (
 )
 from postern.experts.dense_to_sparse_router import DenseToSparseRouter, gumbel_noise
 from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn_to_experts
-from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts
+from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts, in_order
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
 from postern.experts.gate_activation import ACTIVATIONS, Activation, resolve_activation, value_and_derivative
 from postern.experts.gaussian_moe import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
@@ -115,6 +115,7 @@ __all__ = [
     "gumbel_noise",
     "hellinger_1d",
     "identifiability_report",
+    "in_order",
     "load_entropy",
     "patch_router",
     "propagate",

@@ -16,7 +16,7 @@ from postern.experts.grouped import grouped_mm, groups_of
 
 @runtime_checkable
 class Experts(Protocol):
-    """A bank of experts, called with rows sorted by expert.
+    """A bank of experts, called with rows sorted by expert, or with tokens and the order of their assignments.
 
     Attributes:
         num_experts: how many there are.
@@ -25,15 +25,45 @@ class Experts(Protocol):
     num_experts: int
 
     def __call__(
-        self, rows: Float[Tensor, "rows width"], ends: Int[Tensor, " num_experts"]
-    ) -> Float[Tensor, "rows width"]:
+        self,
+        rows: Float[Tensor, "rows width"],
+        ends: Int[Tensor, " num_experts"],
+        order: Int[Tensor, " assignments"] | None = None,
+    ) -> Float[Tensor, "assignments width"]:
         """Let each expert work on its rows.
 
         Args:
-            rows: those of expert 0 first.
-            ends: where the rows of each expert end; rows from the last end on have no expert and give zeros.
+            rows: those of expert 0 first; or tokens, each of which has as many assignments as the others.
+            ends: where the rows of each expert end, or its assignments in the order; what comes from the last end on
+                has no expert and gives zeros.
+            order: the assignments, those to expert 0 first, as `postern.experts.dispatch` sorts them; None where rows
+                are sorted. A bank that knows no better than to sort tokens has `in_order` for that.
+
+        Returns:
+            A row for each row; or one for each assignment, those of the first token first.
         """
         ...
+
+
+def in_order(
+    experts: Callable[[Tensor, Tensor], Tensor],
+    tokens: Float[Tensor, "tokens width"],
+    ends: Int[Tensor, " num_experts"],
+    order: Int[Tensor, " assignments"],
+) -> Float[Tensor, "assignments width"]:
+    """Let experts that take sorted rows work on tokens: gather rows in the order, and put the outputs back.
+
+    Args:
+        experts: called with rows sorted by expert and the ends.
+        tokens: each has as many assignments as the others; assignment ``a`` is of token ``a // top_k``.
+        ends: see `Experts`.
+        order: see `Experts`.
+
+    Returns:
+        A row for each assignment, those of the first token first.
+    """
+    top_k = len(order) // max(len(tokens), 1)
+    return experts(tokens[order // max(top_k, 1)], ends)[order.argsort()]
 
 
 class FeedForwardExperts(nn.Module):
@@ -99,29 +129,19 @@ class FeedForwardExperts(nn.Module):
         ends: Int[Tensor, " num_experts"],
         order: Int[Tensor, " assignments"] | None = None,
     ) -> Float[Tensor, "assignments width"]:
-        """See `Experts`; or let each expert work on tokens that are not sorted.
-
-        Args:
-            rows: those of expert 0 first; or tokens, each of which has as many assignments as the others.
-            ends: where the rows of each expert end, or its assignments in the order.
-            order: the assignments, those to expert 0 first, as `dispatch` sorts them; None where rows are sorted.
-
-        Returns:
-            A row for each row; or one for each assignment, those of the first token first.
-        """
+        """See `Experts`."""
         weights = self.expand, self.contract, self.expand_bias, self.contract_bias
-        in_order = torch.arange(len(rows), device=rows.device) if order is None else order
+        assignments = torch.arange(len(rows), device=rows.device) if order is None else order
         if (
             _expert_kernels.can_infer(rows, self.activation, *weights)
             and not (self.training and self.dropout.p > 0)
             # the kernel gives each thread some rows, where torch gives each some columns of the same rows
-            and len(in_order) >= torch.get_num_threads()
+            and len(assignments) >= torch.get_num_threads()
         ):
-            return _expert_kernels.feed_forward(rows, in_order, ends, *weights, self.activation)
+            return _expert_kernels.feed_forward(rows, assignments, ends, *weights, self.activation)
         if order is None:
             return self._forward_sorted(rows, ends)
-        top_k = len(order) // max(len(rows), 1)
-        return self._forward_sorted(rows[order // max(top_k, 1)], ends)[order.argsort()]
+        return in_order(self._forward_sorted, rows, ends, order)
 
     def _forward_sorted(self, rows: Tensor, ends: Tensor) -> Tensor:
         if rows.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -198,9 +218,14 @@ class ModuleExperts(nn.Module):
             raise ValueError("experts are at least one module, got none")
 
     def forward(
-        self, rows: Float[Tensor, "rows width"], ends: Int[Tensor, " num_experts"]
-    ) -> Float[Tensor, "rows width"]:
+        self,
+        rows: Float[Tensor, "rows width"],
+        ends: Int[Tensor, " num_experts"],
+        order: Int[Tensor, " assignments"] | None = None,
+    ) -> Float[Tensor, "assignments width"]:
         """See `Experts`."""
+        if order is not None:
+            return in_order(self, rows, ends, order)
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
         *parts, rest = torch.split(rows, [*sizes, len(rows) - sum(sizes)])
         outputs = [expert(part) for expert, part in zip(self.experts, parts, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from postern.experts.feedforward import Experts, FeedForwardExperts
+from postern.experts.feedforward import Experts
 from postern.experts.routing import NO_CONTEXT, Router, Routing, RoutingContext
 
 
@@ -138,11 +138,7 @@ class MixtureOfExperts(nn.Module):
         found = dispatch(routing, self.num_experts, context, self.capacity)
         top_k = routing.indices.shape[-1]
         rows = tokens.flatten(0, 1)
-        if type(self.experts) is FeedForwardExperts:
-            outputs = self.experts(rows, found.ends, found.order)
-        else:
-            outputs = self.experts(rows[found.order // top_k], found.ends)[found.order.argsort()]
-        outputs = outputs.view(len(rows), top_k, self.width)
+        outputs = self.experts(rows, found.ends, found.order).view(len(rows), top_k, self.width)
         weights = routing.weights.flatten(0, 1).unsqueeze(1).to(outputs.dtype)
         return torch.bmm(weights, outputs).view(tokens.shape), routing
 

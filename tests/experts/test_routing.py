@@ -94,6 +94,40 @@ def test_a_bank_computes_what_single_blocks_compute(is_gated, bias):
         torch.testing.assert_close(found[row], expected)
 
 
+@pytest.mark.parametrize("kind", ["equal blocks", "modules"])
+def test_a_bank_takes_tokens_in_any_order(kind):
+    """Every third assignment is nobody's."""
+    blocks = FeedForwardExperts(3, 4, 6)
+    bank = blocks if kind == "equal blocks" else ModuleExperts(torch.nn.Linear(4, 4) for _ in range(3))
+    tokens, chosen = torch.randn(5, 4), torch.randint(3, (5, 3))
+    chosen[:, 2] = 3
+    order = chosen.flatten().argsort(stable=True)
+    ends = torch.searchsorted(chosen.flatten()[order], torch.arange(3), right=True)
+    found = bank(tokens, ends, order).view(5, 3, 4)
+    for token in range(5):
+        assert (found[token, 2] == 0).all()
+        for choice in range(2):
+            alone = torch.zeros(3, dtype=torch.int64)
+            alone[chosen[token, choice] :] = 1
+            torch.testing.assert_close(found[token, choice], bank(tokens[token : token + 1], alone)[0])
+    assert bank(tokens[:0], ends * 0, order[:0]).shape == (0, 4)
+
+
+def test_a_layer_leaves_all_to_its_bank():
+    """A bank that overrides how it works is asked, whatever it is derived from."""
+
+    class Negated(FeedForwardExperts):
+        def forward(self, rows, ends, order=None):
+            return -super().forward(rows, ends, order)
+
+    layer = MixtureOfExperts(SoftmaxRouter(4, 3, 2), Negated(3, 4, 6)).double()
+    tokens = torch.randn(2, 5, 4, dtype=torch.float64)
+    output, _ = layer(tokens)
+    torch.testing.assert_close(output, evaluate_densely(layer, tokens))
+    layer.experts.__class__ = FeedForwardExperts
+    torch.testing.assert_close(output, -layer(tokens)[0])
+
+
 @settings(deadline=None, max_examples=20)
 @given(sizes=st.lists(st.integers(0, 400), min_size=3, max_size=3), rest=st.integers(0, 3), is_gated=st.booleans())
 def test_inference_in_parts_computes_the_same(sizes, rest, is_gated):
