@@ -1,13 +1,15 @@
 """A layer of experts against a loop over them and against Mixtral's, in tokens a second.
 
-    python -m benchmarks.experts [--tokens 256 2048] [--width D] [--hidden H] [--experts 8 16 32 64] [--top-k K]
-        [--seconds S] [--threads N] [--device cuda]
+    python -m benchmarks.experts [--tokens 256 2048] [--shapes 256x512 384x1000] [--experts 8 16 32 64] [--top-k K]
+        [--passes P] [--seconds S] [--threads N] [--device cuda]
 
 All compute the same: gated feed-forward experts without biases, behind a softmax router; their weights are copied and
 their outputs compared before anything is timed. The naive loop looks for each expert's tokens, lets the expert work on
 them and adds what comes out; the sorted loop lets the experts work in turn on rows that our dispatch has sorted: only
 the products differ from ours. Mixtral's layer is that of Transformers, in its own loop and with its grouped products,
-where its version has them. A step is the forward and the backward pass.
+where its version has them. A step is the forward and the backward pass. A shape is the width of a token by that of what
+is hidden in an expert. Each case is measured in several passes, with layers made anew, since how fast a step is depends
+on where its memory happens to lie; the best time counts.
 """
 
 from __future__ import annotations
@@ -102,22 +104,30 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
     forward(layer, x).backward(grad)
 
 
+def shape(text: str) -> tuple[int, int]:
+    """Width and hidden width, e.g. of "256x512"."""
+    width, hidden = text.split("x")
+    return int(width), int(hidden)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 2048])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--shapes", type=shape, nargs="+", default=[(256, 512), (384, 1000)])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long to time each case at least")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each case in a pass at least")
     device_arguments(parser)
     arguments = parser.parse_args(argv)
     device = prepare(arguments)
     dtype = torch.float32 if device == CPU else torch.bfloat16
-    rows: dict[str, list[Row]] = {"inference": [], "training step": []}
-    for tokens, num_experts in itertools.product(arguments.tokens, arguments.experts):
-        modules = layers(arguments.width, arguments.hidden, num_experts, arguments.top_k)
-        x = torch.randn(1, tokens, arguments.width)
+    cases = list(itertools.product(arguments.shapes, arguments.tokens, arguments.experts))
+    best: dict[tuple[object, ...], dict[str, float]] = {}
+    for _, case in itertools.product(range(arguments.passes), cases):
+        (width, hidden), tokens, num_experts = case
+        modules = layers(width, hidden, num_experts, arguments.top_k)
+        x = torch.randn(1, tokens, width)
         with torch.no_grad():
             for module in modules.values():
                 torch.testing.assert_close(forward(module, x), forward(modules["ours"], x), rtol=1e-4, atol=1e-5)
@@ -125,12 +135,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         x = x.to(device, dtype).requires_grad_()
         names = {"step": step, "forward": forward, "x": x, "grad": torch.randn_like(x), "no_grad": torch.no_grad}
         names |= modules
-        for title, statement in (("inference", "forward({}, x)"), ("training step", "step({}, x, grad)")):
-            with torch.set_grad_enabled(title != "inference"):
+        for title, statement in (("Inference", "forward({}, x)"), ("Training step", "step({}, x, grad)")):
+            with torch.set_grad_enabled(title != "Inference"):
                 times = best_times(
                     {name: statement.format(name) for name in modules}, arguments.seconds, names, device=device
                 )
-            rows[title].append(
+            known = best.setdefault((title, *case), times)
+            best[title, *case] = {name: min(time, known[name]) for name, time in times.items()}
+    tables: dict[str, list[Row]] = {}
+    for title, (width, hidden) in itertools.product(("Inference", "Training step"), arguments.shapes):
+        where = f"{str(dtype).removeprefix('torch.')}, {place(device)}"
+        name = f"{title}, tokens of {width}, hidden {hidden}, {arguments.top_k} experts a token, {where}"
+        tables[name] = []
+        for tokens, num_experts in itertools.product(arguments.tokens, arguments.experts):
+            times = best[title, (width, hidden), tokens, num_experts]
+            tables[name].append(
                 {
                     "tokens": f"{tokens:,}",
                     "experts": str(num_experts),
@@ -141,16 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "as Mixtral's grouped products": times["mixtral_grouped"] / times["ours"],
                 }
             )
-    shape = (
-        f"tokens of {arguments.width}, hidden {arguments.hidden}, "
-        f"{arguments.top_k} experts a token, {str(dtype).removeprefix('torch.')}, {place(device)}"
-    )
-    record(
-        "experts",
-        "A layer of experts against loops and Mixtral's",
-        {f"{title[0].upper()}{title[1:]}, {shape}": table for title, table in rows.items()},
-        device,
-    )
+    record("experts", "A layer of experts against loops and Mixtral's", tables, device)
 
 
 if __name__ == "__main__":
