@@ -301,25 +301,6 @@ private:
     const Activation activation_;
 };
 
-// Calls function(kernels, row, columns) for each row, in parallel where there are many numbers. Returns as the C interface.
-template <class Function>
-int for_rows(std::int64_t rows, std::int64_t columns, int threads, Function&& function) {
-    constexpr std::size_t numbers_at_once = 8192;
-    const ExpertKernels* kernels = expert_kernels();
-    if (kernels == nullptr) return 2;
-    const auto count = static_cast<std::size_t>(rows), size = static_cast<std::size_t>(columns);
-    const std::size_t parts = std::clamp<std::size_t>(count * size / numbers_at_once, 1, std::max<std::size_t>(count, 1));
-    try {
-        parallel_for(parts, threads, [&](std::size_t part) {
-            for (std::size_t row = bound(part, parts, count); row < bound(part + 1, parts, count); ++row)
-                function(*kernels, row, size);
-        });
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
 }  // namespace
 }  // namespace postern
 
@@ -343,27 +324,4 @@ POSTERN_EXPORT int postern_experts(const float* tokens, const std::int64_t* orde
     } catch (const std::bad_alloc&) {
         return 1;
     }
-}
-
-// act(gates) * values of gates and values side by side, input [rows, 2 columns] and output [rows, columns]. Returns as
-// above.
-POSTERN_EXPORT int postern_gate(const float* input, float* output, std::int64_t rows, std::int64_t columns,
-                                int activation, int threads) {
-    using namespace postern;
-    return for_rows(rows, columns, threads, [&](const ExpertKernels& kernels, std::size_t row, std::size_t size) {
-        const float* gates = input + 2 * row * size;
-        kernels.gate(gates, gates + size, output + row * size, size, static_cast<Activation>(activation));
-    });
-}
-
-// The gradient of the input, from that of the output. Returns as above.
-POSTERN_EXPORT int postern_gate_backward(const float* grad, const float* input, float* of_input, std::int64_t rows,
-                                         std::int64_t columns, int activation, int threads) {
-    using namespace postern;
-    return for_rows(rows, columns, threads, [&](const ExpertKernels& kernels, std::size_t row, std::size_t size) {
-        const float* gates = input + 2 * row * size;
-        float* of_gates = of_input + 2 * row * size;
-        kernels.gate_backward(grad + row * size, gates, gates + size, of_gates, of_gates + size, size,
-                              static_cast<Activation>(activation));
-    });
 }

@@ -4,12 +4,10 @@
 
 #include <cstddef>
 
+#include "activations.h"
 #include "formats.h"
 
 namespace postern {
-
-// The codes of the C interface.
-enum class Activation : int { identity = 0, relu = 1, silu = 2, gelu = 3 };
 
 // Rows lie in chunks of features, [chunks, rows of a tile, chunk_pitch]: a tile reads them through one pointer, and the
 // pitch keeps its rows off each other's lines of the cache.
@@ -41,10 +39,6 @@ struct ExpertKernels {
                  std::size_t panels, std::size_t depth, float* packed);
     void (*multiply_packed)(const ExpertTile& tile);
     void (*multiply_in_place)(const ExpertTile& tile);
-    // act(gates) * values, and its gradients.
-    void (*gate)(const float* gates, const float* values, float* output, std::size_t size, Activation activation);
-    void (*gate_backward)(const float* grad, const float* gates, const float* values, float* of_gates,
-                          float* of_values, std::size_t size, Activation activation);
 };
 
 #if defined(__x86_64__) || defined(_M_X64)

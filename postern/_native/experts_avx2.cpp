@@ -9,6 +9,7 @@ namespace postern {
 namespace {
 #include "simd_avx2.h"
 #include "simd_common.h"
+#include "activations_kernels.h"
 #include "experts_kernels.h"
 }  // namespace
 

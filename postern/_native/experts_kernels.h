@@ -1,123 +1,10 @@
-// Products of an expert's rows and weights, and gates, as templates over a vector type. Included inside an unnamed
-// namespace, after the vectors of one instruction set and what is common to them, by one source file for each.
+// Products of an expert's rows and weights as templates over a vector type. Included inside an unnamed namespace, after
+// the vectors of one instruction set, what is common to them and the activations, by one source file for each.
 
 // With 32 registers 12 rows at 2 vectors, with 16 registers 6 at 2: the sums, the weights and one number of a row stay in
 // registers, and a few are left to read ahead.
 constexpr std::size_t rows_at_once = Floats::width == 16 ? 12 : 6;
 constexpr std::size_t vectors_at_once = 2;
-
-// |x|, but for infinity, of which no multiple of 0 is a number: 128, where exp(-|x|) is 0 as well.
-template <class V>
-inline V magnitude(V x) {
-    const V size = maximum(V::set(0) - x, x);
-    return V::set(0) - maximum(V::set(-128), V::set(0) - size);
-}
-
-template <class V>
-inline V exponential_of_minus(V x) {
-    const Exponential<V> pair = shifted_exponential(V::set(0) - x, V::set(0));
-    return scale(pair.mantissa, pair.exponent);
-}
-
-// 1 / (1 + exp(|x|)), of which the function and its derivative are made without an overflow or a cancellation.
-template <class V>
-inline V sigmoid_of_minus(V size) {
-    const V small = exponential_of_minus(size);
-    return small / (V::set(1) + small);
-}
-
-// x / (1 + exp(-x)).
-template <class V>
-inline V silu(V x) {
-    const V size = magnitude(x);
-    return maximum(V::set(0), x) - size * sigmoid_of_minus(size);
-}
-
-template <class V>
-inline V silu_derivative(V x) {
-    const V size = magnitude(x), tail = sigmoid_of_minus(size);
-    const V bend = tail - size * tail * (V::set(1) - tail);
-    return where_negative(x, bend, V::set(1) - bend);
-}
-
-// exp(-x^2 / 2), and erfc(|x| / sqrt(2)) / 2 by 7.1.26 of Abramowitz and Stegun, from |x|.
-template <class V>
-struct Normal {
-    V bell, tail;
-};
-
-template <class V>
-inline Normal<V> normal(V size) {
-    constexpr float terms[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
-    const V t = V::set(1) / multiply_add(V::set(0.3275911f * 0.70710678f), size, V::set(1));
-    V sum = V::set(terms[4]);
-    for (int k = 3; k >= 0; --k) sum = multiply_add(sum, t, V::set(terms[k]));
-    const V bell = exponential_of_minus(V::set(0.5f) * size * size);
-    return {bell, V::set(0.5f) * t * sum * bell};
-}
-
-// x Phi(x).
-template <class V>
-inline V gelu(V x) {
-    const V size = magnitude(x);
-    return maximum(V::set(0), x) - size * normal(size).tail;
-}
-
-template <class V>
-inline V gelu_derivative(V x) {
-    const V size = magnitude(x);
-    const Normal<V> at = normal(size);
-    const V bend = at.tail - V::set(0.39894228f) * size * at.bell;
-    return where_negative(x, bend, V::set(1) - bend);
-}
-
-template <class V>
-inline V activated(V x, Activation activation) {
-    switch (activation) {
-        case Activation::relu: return maximum(V::set(0), x);
-        case Activation::silu: return silu(x);
-        case Activation::gelu: return gelu(x);
-        default: return x;
-    }
-}
-
-template <class V>
-inline V derivative(V x, Activation activation) {
-    switch (activation) {
-        case Activation::relu: return where_negative(V::set(0) - x, V::set(1), V::set(0));
-        case Activation::silu: return silu_derivative(x);
-        case Activation::gelu: return gelu_derivative(x);
-        default: return V::set(1);
-    }
-}
-
-// act(gates) * values.
-template <class V>
-void gate(const float* gates, const float* values, float* output, std::size_t size, Activation activation) {
-    std::size_t i = 0;
-    for (; i + V::width <= size; i += V::width)
-        (activated(V::load(gates + i), activation) * V::load(values + i)).store(output + i);
-    if (i == size) return;
-    const V gate = load_some<V>(gates + i, size - i, 0.0f), value = load_some<V>(values + i, size - i, 0.0f);
-    store_some(activated(gate, activation) * value, output + i, size - i);
-}
-
-// Its gradients.
-template <class V>
-void gate_backward(const float* grad, const float* gates, const float* values, float* of_gates, float* of_values,
-                   std::size_t size, Activation activation) {
-    std::size_t i = 0;
-    for (; i + V::width <= size; i += V::width) {
-        const V g = V::load(grad + i), x = V::load(gates + i);
-        (g * V::load(values + i) * derivative(x, activation)).store(of_gates + i);
-        (g * activated(x, activation)).store(of_values + i);
-    }
-    if (i == size) return;
-    const std::size_t rest = size - i;
-    const V g = load_some<V>(grad + i, rest, 0.0f), x = load_some<V>(gates + i, rest, 0.0f);
-    store_some(g * load_some<V>(values + i, rest, 0.0f) * derivative(x, activation), of_gates + i, rest);
-    store_some(g * activated(x, activation), of_values + i, rest);
-}
 
 template <class V>
 void pack(const float* weights, std::size_t vector_pitch, std::size_t weight_pitch, bool is_gated, std::size_t panels,
@@ -238,5 +125,4 @@ void multiply_in_place(const ExpertTile& tiles) {
 
 constexpr ExpertKernels kernels{Floats::width, rows_at_once, vectors_at_once, pack<Floats>,
                                 multiply_packed<Floats, rows_at_once, vectors_at_once>,
-                                multiply_in_place<Floats, rows_at_once, vectors_at_once>,
-                                gate<Floats>,  gate_backward<Floats>};
+                                multiply_in_place<Floats, rows_at_once, vectors_at_once>};

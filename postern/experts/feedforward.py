@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from postern.experts import _expert_kernels
+from postern.experts import _expert_kernels, _gate_kernels
 from postern.experts.grouped import grouped_mm, groups_of
 
 
@@ -172,8 +172,8 @@ class FeedForwardExperts(nn.Module):
         return grouped_mm(self._activate(hidden + first), contract, ends) + second
 
     def _activate(self, hidden: Tensor) -> Tensor:
-        if self.is_gated and _expert_kernels.can_gate(hidden, self.activation):
-            activated = _expert_kernels.gate(hidden, self.activation)
+        if self.is_gated and _gate_kernels.can_gate(hidden, self.activation):
+            activated = _gate_kernels.gate(hidden, self.activation)
         elif self.is_gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             activated = self.activation(gate)

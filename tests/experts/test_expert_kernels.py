@@ -17,7 +17,8 @@ from postern.experts import (
     _expert_kernels,
     evaluate_densely,
 )
-from postern.experts._expert_kernels import can_gate, can_infer, feed_forward, gate
+from postern.experts._expert_kernels import can_infer, feed_forward
+from postern.experts._gate_kernels import can_gate, gate
 
 VECTORS = [name for name in _native.instruction_sets() if name != "portable"]
 pytestmark = pytest.mark.skipif(not VECTORS, reason="no compiled kernels, or no vectors for them")

@@ -1,0 +1,22 @@
+// Gates compiled for AVX2, whatever the compiler's own target is; chosen at run time.
+#include "gates.h"
+
+#ifdef POSTERN_X86
+
+#include "simd_target_avx2.h"
+
+namespace postern {
+namespace {
+#include "simd_avx2.h"
+#include "simd_common.h"
+#include "activations_kernels.h"
+#include "gates_kernels.h"
+}  // namespace
+
+const GateKernels gates_avx2 = kernels;
+
+}  // namespace postern
+
+#include "simd_target_end.h"
+
+#endif
