@@ -1,12 +1,24 @@
 """What predicted masks are compared with."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 
 from postern.adaptive import count_macs
 from postern.claims import Run
 from postern.nets import ConvNet
-from postern.papers.fire_together import RandomPredictor, Serving, Setting, Study, serving_networks
+from postern.papers.fire_together import (
+    FULL,
+    SMOKE,
+    RandomPredictor,
+    Serving,
+    Setting,
+    Study,
+    is_more_accurate_than_static_pruning,
+    serving_networks,
+)
 
 
 @pytest.mark.parametrize("reduction", [0.2, 0.5, 0.8])
@@ -27,6 +39,62 @@ def test_random_masks_have_the_density():
     masks = RandomPredictor(density)(torch.zeros(5000, 2, 1, 1)) > 0
     torch.testing.assert_close(masks.float().mean(0), density, atol=0.02, rtol=0)
     assert len(masks.unique(dim=0)) == 2
+
+
+def test_each_image_has_its_own_crop():
+    setting = Setting(side=8, augmentation=True)
+    images = torch.randn(40, 3, 8, 8)
+    study = Study(setting, Run(0, "smoke"), ConvNet(3, 10, (4,)), *[images, torch.zeros(40)] * 2)
+    torch.manual_seed(0)
+    found = study.augmented(images)
+    padded = torch.nn.functional.pad(images, [1] * 4)
+    chosen = set()
+    for before, after in zip(padded, found, strict=True):
+        crops = [before[:, down : down + 8, right : right + 8] for down in range(3) for right in range(3)]
+        which = [torch.equal(after, crop) for crop in (*crops, *(crop.flip(-1) for crop in crops))]
+        assert sum(which) == 1
+        chosen.add(which.index(True))
+    assert len(chosen) > 9
+
+
+def test_rates_fall_where_the_setting_says(monkeypatch):
+    seen = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD,
+        "step",
+        lambda self, *args, **options: (seen.append(self.param_groups[0]["lr"]), step(self, *args, **options))[1],
+    )
+    setting = Setting(side=8, batch=5, milestones=(0.5, 0.75))
+    images, labels = torch.randn(10, 3, 8, 8), torch.zeros(10, dtype=torch.int64)
+    study = Study(setting, Run(0, "smoke"), ConvNet(3, 10, (4,)), *[images, labels] * 2)
+    study.train(study.network, 4, 0.1)
+    assert seen == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_the_full_network_costs_what_vgg_16_does():
+    blocks = [(3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512)]
+    layers = []
+    for block in blocks:
+        layers += [torch.nn.Conv2d(*channels, 3, padding=1, bias=False) for channels in itertools.pairwise(block)]
+        layers.append(torch.nn.MaxPool2d(2))
+    vgg = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(512, 10))
+    ours = ConvNet(3, 10, FULL.widths, FULL.strides).eval()
+    image = torch.zeros(1, 3, 32, 32)
+    assert count_macs(lambda: ours(image)) == count_macs(lambda: vgg(image))
+
+
+def test_static_and_random_networks_are_measured_at_equal_multiply_adds():
+    run = Run(0, "smoke")
+    torch.manual_seed(0)
+    setting = replace(SMOKE, training=200, test=100, dense_epochs=1, epochs=1, pretraining_epochs=1)
+    found = is_more_accurate_than_static_pruning(setting, run)
+    (table,) = run.tables.values()
+    assert [row["share of the mass"] for row in table] == [0.95, 0.85, 0.7]
+    assert "static_95" in found
+    assert "random_95" not in found
+    for share in (85, 70):
+        assert found[f"random_reduction_{share}"] == pytest.approx(found[f"reduction_{share}"], abs=0.1)
 
 
 @torch.no_grad()
