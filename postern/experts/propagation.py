@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from postern.attention.entropy import attention_entropy
 from postern.attention.self_attention import attend
@@ -85,9 +86,14 @@ def propagate_with_sdpa(
         head_weights: w, adding up to 1; by default equal.
         scale: by default ``1 / sqrt(head_dim)``.
     """
-    value = preferences[:, None].expand(-1, key.shape[1], -1, -1)
+    head_dim, num_experts = query.shape[-1], preferences.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    # PyTorch's fused kernels, but for one on GPUs, take values as wide as the keys alone; zeros change nothing
+    size = max(head_dim, num_experts)
+    query, key, value = (F.pad(x, (0, size - x.shape[-1])) for x in (query, key, preferences[:, None]))
+    value = value.expand(-1, key.shape[1], -1, -1)
     related = None if mask is None else related_tokens(mask.shape[1], mask, is_causal=is_causal)[:, None]
-    by_head = attend(query, key, value, related, is_causal=is_causal, scale=scale)
+    by_head = attend(query, key, value, related, is_causal=is_causal, scale=scale)[..., :num_experts]
     if head_weights is None:
         return by_head.mean(1)
     return torch.einsum("bhim,h->bim", by_head, head_weights)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from postern.attention import attention_entropy
+from postern.attention import attention_entropy, attention_weights
+from postern.compare.memory import TensorMemory
 from postern.experts import propagate, propagate_with_sdpa, sharpest_head
 
 MASKS = {"all": None, "padded": torch.tensor([[True] * 6, [True, True, False, True, False, False]])}
@@ -50,6 +51,19 @@ def test_fused_equals_explicit_with_gradients(given, mask, is_causal, is_weighte
         theirs = torch.autograd.grad((combined @ preferences)[counts].sin().sum(), given, retain_graph=True)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("num_experts", [8, 32])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_fused_attention_weights_are_never_in_memory(generator, num_experts, kv_heads):
+    query, key = (torch.randn(1, heads, 256, 16, generator=generator) for heads in (4, kv_heads))
+    preferences = torch.randn(1, 256, num_experts, generator=generator).softmax(-1)
+    memory = TensorMemory()
+    with memory:
+        found = propagate_with_sdpa(query, key, preferences)
+    weights = attention_weights(query, key, is_causal=True)
+    assert memory.peak < weights.nbytes
+    torch.testing.assert_close(found, propagate(weights, preferences))
 
 
 def test_what_attention_lacks_stays_with_the_token():
