@@ -15,6 +15,7 @@ from postern.compare.problems import Problem, Words
 from postern.compare.training import CROSS_ENTROPY, Learner, make_contest
 from postern.experts import (
     ConsistencyLoss,
+    CosineRouter,
     DenseToSparseRouter,
     FeedForwardExperts,
     HashRouter,
@@ -63,6 +64,7 @@ ENTRIES: Mapping[str, Entry] = {
     "dense-large": Entry(None, EXPERTS * HIDDEN),
     "softmax": Entry(lambda words: SoftmaxRouter(WIDTH, EXPERTS, TOP_K)),
     "switch": Entry(lambda words: SoftmaxRouter(WIDTH, EXPERTS, 1)),
+    "cosine": Entry(lambda words: CosineRouter(WIDTH, EXPERTS, TOP_K)),
     "dense-to-sparse": Entry(
         lambda words: DenseToSparseRouter(WIDTH, EXPERTS, TOP_K), schedule=LinearTemperatureSchedule(1)
     ),
@@ -80,6 +82,7 @@ MEMBERS = (
     Member("dense-large", f"no experts: a block as wide as all {EXPERTS} of them", "torch.nn.Linear"),
     Member("softmax", f"the {TOP_K} experts with the highest logits", "postern.experts.SoftmaxRouter"),
     Member("switch", "the expert with the highest logit", "postern.experts.SoftmaxRouter"),
+    Member("cosine", "the same by cosines in few dimensions", "postern.experts.CosineRouter"),
     Member(
         "dense-to-sparse",
         "all experts at first, fewer as the temperature falls",

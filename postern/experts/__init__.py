@@ -8,6 +8,7 @@ from postern.experts.consistency import (
     thor_step,
     two_passes,
 )
+from postern.experts.cosine_router import CosineRouter
 from postern.experts.dense_to_sparse_router import DenseToSparseRouter, gumbel_noise
 from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn_to_experts
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts, in_order
@@ -62,6 +63,7 @@ __all__ = [
     "Activation",
     "Capacity",
     "ConsistencyLoss",
+    "CosineRouter",
     "DenseToSparseRouter",
     "Dispatch",
     "Experts",

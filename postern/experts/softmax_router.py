@@ -38,6 +38,33 @@ def choose(
     return weights, indices
 
 
+def route(
+    logits: Float[Tensor, "batch time num_experts"],
+    top_k: int,
+    context: RoutingContext,
+    *,
+    renormalises: bool,
+    balance: float,
+    z: float,
+) -> Routing:
+    """The routing by the softmax of logits.
+
+    Args:
+        logits: of all experts.
+        top_k: how many are chosen.
+        context: of which the mask says who counts in the losses.
+        renormalises: see `choose`.
+        balance: weight of `balance_loss` in the auxiliary loss.
+        z: weight of `router_z_loss` in the auxiliary loss.
+    """
+    probabilities = logits.softmax(-1)
+    weights, indices = choose(probabilities, top_k, renormalises=renormalises)
+    loss = balance * balance_loss(probabilities, indices, context.mask)
+    if z:
+        loss = loss + z * router_z_loss(logits, context.mask)
+    return Routing(weights, indices, loss, probabilities)
+
+
 class SoftmaxRouter(nn.Module):
     """``p = softmax(W x)``; the ``top_k`` largest choose, and weigh.
 
@@ -99,13 +126,14 @@ class SoftmaxRouter(nn.Module):
             ValueError: tokens or a mask that do not fit.
         """
         check_tokens(self, tokens, context)
-        logits = self.logits(tokens)
-        probabilities = logits.softmax(-1)
-        weights, indices = choose(probabilities, self.top_k, renormalises=self.renormalises)
-        loss = self.balance * balance_loss(probabilities, indices, context.mask)
-        if self.z:
-            loss = loss + self.z * router_z_loss(logits, context.mask)
-        return Routing(weights, indices, loss, probabilities)
+        return route(
+            self.logits(tokens),
+            self.top_k,
+            context,
+            renormalises=self.renormalises,
+            balance=self.balance,
+            z=self.z,
+        )
 
     def extra_repr(self) -> str:
         """Return what the printed module says of its settings."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from postern.experts import (
+    CosineRouter,
     DenseToSparseRouter,
     HashRouter,
     RandomRouter,
@@ -41,6 +42,10 @@ ROUTERS = {
     "softmax": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS)),
     "switch": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS, 1, z=1e-3, bias=True), sums_to_one=False),
     "mixtral": Entry(partial(SoftmaxRouter, WIDTH, EXPERTS, 3, renormalises=True, temperature=0.5)),
+    "cosine": Entry(partial(CosineRouter, WIDTH, EXPERTS)),
+    "cosine-switch": Entry(
+        partial(CosineRouter, WIDTH, EXPERTS, 1, dimensions=3, z=1e-3, temperature=1.0), sums_to_one=False
+    ),
     "dense-to-sparse": Entry(partial(DenseToSparseRouter, WIDTH, EXPERTS), compile=False),
     "activated": Entry(
         partial(DenseToSparseRouter, WIDTH, EXPERTS, 1, temperature="learned", activation=torch.tanh, has_noise=False),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from postern.experts import (
     Capacity,
+    CosineRouter,
     DenseToSparseRouter,
     FeedForwardExperts,
     HashRouter,
@@ -291,6 +292,29 @@ def test_the_gradient_of_one_expert_comes_from_its_probability():
     assert router.gate.weight.grad.abs().max() > 0
 
 
+def test_a_cosine_router_sees_directions_alone():
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+    router = CosineRouter(6, 5, 2, temperature=0.7, balance=0.1, z=0.2).double()
+    with torch.no_grad():
+        projected = x @ router.projection.weight.T
+        lengths = projected.norm(dim=-1)[..., None] * router.directions.norm(dim=-1)
+        logits = projected @ router.directions.T / lengths / 0.7
+    best = logits.topk(2)
+    routing = router(x)
+    assert torch.equal(routing.indices, best.indices)
+    torch.testing.assert_close(routing.weights, best.values.softmax(-1))
+    torch.testing.assert_close(routing.probabilities, logits.softmax(-1))
+    loss = 0.1 * balance_loss(logits.softmax(-1), best.indices) + 0.2 * router_z_loss(logits)
+    torch.testing.assert_close(routing.auxiliary_loss, loss)
+    with torch.no_grad():
+        router.directions *= torch.rand(5, 1, dtype=torch.float64) + 0.5
+    torch.testing.assert_close(router(3 * x).probabilities, routing.probabilities)
+
+
+def test_half_as_many_dimensions_as_experts():
+    assert [CosineRouter(6, experts).directions.shape[1] for experts in (2, 5, 16)] == [2, 2, 8]
+
+
 def test_hash_experts_are_fixed_even_and_different():
     router = HashRouter(4, 3, 12, 2)
     assert torch.bincount(router.experts[:, 0]).tolist() == [4, 4, 4]
@@ -366,6 +390,9 @@ def test_how_many_work_is_the_mean_number_above_the_threshold():
         (lambda: SoftmaxRouter(4, 3, 4), "top_k=4"),
         (lambda: SoftmaxRouter(4, 3, balance=-1.0), "balance=-1.0"),
         (lambda: SoftmaxRouter(4, 3, temperature=0.0), "got 0.0"),
+        (lambda: CosineRouter(4, 3, dimensions=1), "got 1"),
+        (lambda: CosineRouter(4, 3, temperature=0.0), "got 0.0"),
+        (lambda: CosineRouter(4, 3, z=-1.0), "z=-1.0"),
         (lambda: DenseToSparseRouter(4, 3, threshold=1.0), "got 1.0"),
         (lambda: HashRouter(4, 3, 0), "got 0"),
         (lambda: RandomRouter(4, 0), "num_experts=0"),
