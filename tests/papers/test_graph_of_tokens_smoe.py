@@ -8,7 +8,7 @@ import torch
 
 import postern.papers.graph_of_tokens_smoe as paper
 from postern.claims import Run
-from postern.experts import load_entropy, selection_entropy
+from postern.experts import CosineRouter, load_entropy, selection_entropy
 from postern.papers._corpora import read_corpus
 
 ARMS = ("plain", "similarity", "attention", "uniform")
@@ -32,6 +32,35 @@ def test_all_arms_start_from_the_same_weights():
     more = sum(tensor.numel() for name, tensor in states["similarity"].items() if name not in plain)
     assert more == 2 * 96**2
     assert more / size < 0.055
+
+
+def test_xmoe_differs_in_its_routers_alone():
+    plain, other = (paper._build(paper._SMALL, arm, 65, 7) for arm in ("plain", "xmoe"))
+    assert sum(isinstance(module, CosineRouter) for module in other.modules()) == paper._SMALL.layers
+    states = [
+        {name: tensor for name, tensor in model.state_dict().items() if ".router." not in name}
+        for model in (plain, other)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_options_are_arms_of_their_own():
+    run = Run(seed=3, scale="smoke")
+    found = paper.gains_by_some_option(dataclasses.replace(TINY, rate=1e-2), run)
+    losses = [found[f"loss_{arm}"] for arm in ("plain", *paper._OPTIONS)]
+    assert len(set(losses)) == len(losses)
+    (rows,) = run.tables.values()
+    best = min(rows[1:], key=lambda row: row["validation loss"])
+    assert found["loss_best"] == best["test loss"]
+
+
+def test_xmoe_is_shown_where_the_setting_says():
+    found = [
+        paper.lowers_the_loss(dataclasses.replace(TINY, steps=1, shows_xmoe=shows), RUN) for shows in (True, False)
+    ]
+    assert found[0].keys() - found[1].keys() == {"loss_xmoe"}
+    assert all(found[0][name] == value for name, value in found[1].items())
 
 
 def test_arms_see_the_same_windows(corpus):
