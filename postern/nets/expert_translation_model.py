@@ -148,19 +148,9 @@ class ExpertTranslationModel(nn.Module):
         Raises:
             ValueError: tokens that are not integers ``[batch, time]``, or more than the context has room for.
         """
-        routings: list[Routing] = []
-        mask = self._check(source) != self.pad
-        memory = self.dropout(self.embedding(source) + self.source_position.weight[: source.shape[1]])
-        for layer in self.encoder:
-            memory, routing = layer(memory, source, mask)
-            routings += [] if routing is None else [routing]
-        memory = self.encoder_norm(memory)
-        target_mask = self._check(target) != self.pad
-        hidden = self.dropout(self.embedding(target) + self.target_position.weight[: target.shape[1]])
-        for layer in self.decoder:
-            hidden, routing = layer(hidden, target, target_mask, memory, mask)
-            routings += [] if routing is None else [routing]
-        return self.head(self.decoder_norm(hidden)), routings
+        memory, routings = self._encode(source)
+        hidden, more = self._decode(target, memory, source)
+        return self.head(hidden), routings + more
 
     def forward(
         self, source: Int[Tensor, "batch source_time"], target: Int[Tensor, "batch time"]
@@ -194,6 +184,57 @@ class ExpertTranslationModel(nn.Module):
             logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=self.pad, label_smoothing=label_smoothing
         )
         return loss + torch.stack([routing.auxiliary_loss for routing in routings]).sum() if routings else loss
+
+    @torch.no_grad()
+    def translate(
+        self, source: Int[Tensor, "batch source_time"], start: int, end: int
+    ) -> Int[Tensor, "batch translated_time"]:
+        """Translate greedily: each token is the likeliest after those before it; in the mode the model is in.
+
+        Layers with experts route the translation so far anew for each token. Where routers draw, force what a sentence
+        is to keep.
+
+        Args:
+            source: tokens to translate.
+            start: token that starts a translation.
+            end: token that ends it.
+
+        Returns:
+            From the token that starts it: as long as the longest, at most a token more than the context has room for,
+            padded where a translation has ended.
+
+        Raises:
+            ValueError: see `route`.
+        """
+        memory, _ = self._encode(source)
+        target = source.new_full((len(source), 1), start)
+        has_ended = torch.zeros(len(source), dtype=torch.bool, device=source.device)
+        while target.shape[1] <= self.context and not has_ended.all():
+            hidden, _ = self._decode(target, memory, source)
+            token = self.head(hidden[:, -1]).argmax(-1).masked_fill(has_ended, self.pad)
+            target = torch.cat([target, token[:, None]], dim=1)
+            has_ended |= token == end
+        return target
+
+    def _encode(self, source: Tensor) -> tuple[Tensor, list[Routing]]:
+        """What the encoder makes of the source."""
+        routings: list[Routing] = []
+        mask = self._check(source) != self.pad
+        memory = self.dropout(self.embedding(source) + self.source_position.weight[: source.shape[1]])
+        for layer in self.encoder:
+            memory, routing = layer(memory, source, mask)
+            routings += [] if routing is None else [routing]
+        return self.encoder_norm(memory), routings
+
+    def _decode(self, target: Tensor, memory: Tensor, source: Tensor) -> tuple[Tensor, list[Routing]]:
+        """What the decoder makes of the target, before the head."""
+        routings: list[Routing] = []
+        mask = self._check(target) != self.pad
+        hidden = self.dropout(self.embedding(target) + self.target_position.weight[: target.shape[1]])
+        for layer in self.decoder:
+            hidden, routing = layer(hidden, target, mask, memory, source != self.pad)
+            routings += [] if routing is None else [routing]
+        return self.decoder_norm(hidden), routings
 
     def _check(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.is_floating_point():

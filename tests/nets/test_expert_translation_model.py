@@ -93,6 +93,22 @@ def test_learns_to_translate():
     assert losses[-1] < 3  # the words alone, without what they translate, have an entropy of about 4
 
 
+def test_each_translated_token_is_the_likeliest_after_those_before_it():
+    network, source = model().eval(), tokens(6, batch=5)
+    source[0, 4:] = 0
+    free = network.translate(source, 1, TOKENS)  # a token that never comes
+    assert free.shape == (5, 9)  # one more than the context has room for
+    assert (free[:, 0] == 1).all()
+    assert torch.equal(network(source, free[:, :-1]).argmax(-1), free[:, 1:])
+    end = int(free[0, 3])
+    ended = network.translate(source, 1, end)
+    for row, expected in zip(ended, free, strict=True):
+        stop = next((place for place in range(1, 9) if expected[place] == end), 8) + 1
+        assert torch.equal(row[:stop], expected[:stop])
+        assert (row[stop:] == network.pad).all()
+    assert ended.shape[1] == max(int((row != network.pad).sum()) for row in ended)
+
+
 @pytest.mark.parametrize(
     ("call", "seen"),
     [
@@ -100,6 +116,7 @@ def test_learns_to_translate():
         (lambda: ExpertTranslationModel(0, mixture, WIDTH), "num_tokens=0"),
         (lambda: model()(tokens(9), tokens(3)), "room for 8 tokens, got 9"),
         (lambda: model()(tokens(3), torch.zeros(2, 3)), "integers"),
+        (lambda: model().translate(tokens(9), 1, 2), "room for 8 tokens, got 9"),
     ],
 )
 def test_refuses_what_does_not_fit(call, seen):
