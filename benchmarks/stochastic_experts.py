@@ -1,12 +1,17 @@
-"""A training step with stochastic experts, in one pass and in two, against a gated layer and a dense one.
+"""Stochastic experts, a training step in one pass and in two, and inference, against a gated layer and a dense one.
 
-    python -m benchmarks.stochastic_experts [--experts 2 4 16] [--batch B] [--time T] [--width D] [--hidden H]
-        [--seconds S] [--threads N] [--device cuda]
+    python -m benchmarks.stochastic_experts [--experts 2 4 16] [--inference-experts 2 8 64] [--batch B] [--time T]
+        [--width D] [--hidden H] [--seconds S] [--threads N] [--device cuda]
 
 Forward and backward pass of a model of two layers, attention and a feed-forward block each, in float32. "dense" and
 "Switch" pass once. "two calls" and "concatenated" are THOR's step with its consistency, which passes twice: one pass
 after the other, or both as one batch. Numbers are sentences a second, each counted once. That concatenated passes are
 what two calls give for the same experts is checked before anything is timed.
+
+Inference is that of one block. "drawn" sends each sentence, or each token, to the expert it has drawn; "all masked"
+lets every expert work on every token and keeps the drawn one's output, as the official code does; "all averaged"
+takes the mean of all outputs, the level "ensemble". "dense" is one block of an expert's size. That both ways give what
+the drawn experts give is checked before they are timed.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from benchmarks._tables import Row, best_times, device_arguments, place, prepare, record
@@ -24,6 +30,7 @@ from postern.experts import (
     MixtureOfExperts,
     SoftmaxRouter,
     StochasticRouter,
+    evaluate_densely,
     expert_draws,
     thor_step,
     two_passes,
@@ -78,9 +85,38 @@ def measure(experts: int, batch: int, time: int, width: int, hidden: int, second
     return {"experts": experts} | {f"{name.replace('_', ' ')}, sentences/s": batch / t for name, t in times.items()}
 
 
+@torch.no_grad()
+def measure_inference(
+    experts: int, batch: int, time: int, width: int, hidden: int, seconds: float, device: torch.device
+) -> Row:
+    tokens = torch.randn(batch, time, width, device=device)
+    bank = FeedForwardExperts(experts, width, hidden, activation=F.relu)
+    layers = {
+        level: MixtureOfExperts(StochasticRouter(width, experts, level=level), bank).to(device).eval()
+        for level in ("sentence", "token", "ensemble")
+    }
+    dense = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)).to(device).eval()
+
+    drawn = torch.randint(experts, (batch,), device=device)
+    with expert_draws(layers["sentence"], expert=drawn):
+        expected = layers["sentence"](tokens)[0]
+        torch.testing.assert_close(evaluate_densely(layers["sentence"], tokens), expected, rtol=1e-4, atol=1e-5)
+
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense(tokens),
+        "drawn_by_sentence": lambda: layers["sentence"](tokens),
+        "drawn_by_token": lambda: layers["token"](tokens),
+        "all_masked": lambda: evaluate_densely(layers["sentence"], tokens),
+        "all_averaged": lambda: layers["ensemble"](tokens),
+    }
+    times = best_times({name: f"{name}()" for name in calls}, seconds, calls, rounds=3, device=device)
+    return {"experts": experts} | {f"{name.replace('_', ' ')}, sentences/s": batch / t for name, t in times.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 16])
+    parser.add_argument("--inference-experts", type=int, nargs="+", default=[2, 8, 64])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--time", type=int, default=32)
     parser.add_argument("--width", type=int, default=128)
@@ -91,12 +127,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = prepare(arguments)
     check(arguments.width, arguments.hidden, device)
     sizes = (arguments.batch, arguments.time, arguments.width, arguments.hidden)
-    rows = [measure(experts, *sizes, arguments.seconds, device) for experts in arguments.experts]
+    training = [measure(experts, *sizes, arguments.seconds, device) for experts in arguments.experts]
+    inference = [
+        measure_inference(experts, *sizes, arguments.seconds, device) for experts in arguments.inference_experts
+    ]
     shape = "{} sentences of {} tokens, {} features, {} hidden".format(*sizes)
     record(
         "stochastic_experts",
-        "Stochastic experts, one and two passes a step, against gated and dense blocks",
-        {f"Training steps, {shape}, {place(device)}": rows},
+        "Stochastic experts, one and two passes a step and inference, against gated and dense blocks",
+        {
+            f"Training steps, {shape}, {place(device)}": training,
+            f"Inference of one block, {shape}, {place(device)}": inference,
+        },
         device,
     )
 
