@@ -4,6 +4,7 @@ from postern.spiking.attention import QKTokenAttention, SpikingProduct, SpikingS
 from postern.spiking.embeddings import (
     Embed,
     EmbedMax,
+    EmbedMaxFirst,
     EmbedMaxPlus,
     EmbedOneMax,
     EmbedOrig,
@@ -46,6 +47,7 @@ __all__ = [
     "Dynamics",
     "Embed",
     "EmbedMax",
+    "EmbedMaxFirst",
     "EmbedMaxPlus",
     "EmbedOneMax",
     "EmbedOrig",

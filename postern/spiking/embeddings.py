@@ -10,6 +10,7 @@ EmbedOrig           Conv3 to D/2           Embed3 to D                          
 EmbedOrigImageNet   Conv3, stride 2, D/2   Embed3, stride 2, to D; Embed3                 Conv1, stride 2
 EmbedOrigStrided                           Embed3 to D; Embed3, stride 2                  Conv1, stride 2
 EmbedMax                                   MaxEmbed3 to D; Embed3                         Conv1 and maximum
+EmbedMaxFirst       Conv3 to D/2           MaxEmbed3 to D; Embed3                         Conv1 and maximum
 EmbedOneMax                                Embed3 to D; MaxEmbed3                         Conv1, stride 2
 EmbedMaxPlus        Conv3 to D/8,          MaxEmbed3 to D/2; MaxEmbed3 to D               Conv1, stride 4
                     MaxEmbed3 to D/4
@@ -207,6 +208,25 @@ class EmbedMax(_TwoPaths):
             [MaxEmbed(in_channels, dim, takes_spikes=True), Embed(dim, dim)],
             MaxEmbed(in_channels, dim, 1, takes_spikes=True),
         )
+
+
+class EmbedMaxFirst(ImageEmbed):
+    """First embedding for small images with the maxima of `EmbedMax`, which halve the resolution.
+
+    The paper has found it harmful, and its code is without it: that it follows the convolution of `EmbedOrig` is our
+    reading.
+
+    Args:
+        in_channels: channels of the image.
+        dim: of the output; even.
+
+    Raises:
+        ValueError: an odd dim, or sizes below 1.
+    """
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        half = _divided(dim, 2)
+        super().__init__(ConvNorm(in_channels, half, 3), EmbedMax(half, dim))
 
 
 class EmbedOneMax(_TwoPaths):

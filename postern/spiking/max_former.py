@@ -271,7 +271,7 @@ def ms_qkformer_cifar(num_classes: int = 10, dim: int = 384, *, in_channels: int
     )
 
 
-STRIDED: tuple[Embedding, Embedding, Embedding] = (EmbedOrig, EmbedOrigStrided, EmbedOrigStrided)
+STRIDED = (EmbedOrig, EmbedOrigStrided, EmbedOrigStrided)
 """Embed-Orig in three stages: no maximum anywhere, for the comparison of mixers."""
 
 

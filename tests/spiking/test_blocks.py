@@ -13,6 +13,7 @@ from postern.spiking import (
     DWCMixer,
     Embed,
     EmbedMax,
+    EmbedMaxFirst,
     EmbedMaxPlus,
     EmbedOneMax,
     EmbedOrig,
@@ -47,6 +48,7 @@ BLOCKS = {
     "orig ImageNet": lambda: EmbedOrigImageNet(8, 6),
     "orig strided": lambda: EmbedOrigStrided(8, 6),
     "max": lambda: EmbedMax(8, 6),
+    "max first": lambda: EmbedMaxFirst(8, 6),
     "one max": lambda: EmbedOneMax(8, 6),
     "max plus": lambda: EmbedMaxPlus(8, 16),
     "dwc": lambda: DWCMixer(8, 5),
@@ -56,7 +58,16 @@ BLOCKS = {
     "qk": lambda: QKTokenAttention(8, 2),
     "mlp": lambda: SpikingMLP(8, 16),
 }
-HALVINGS = {"embed": 1, "max embed": 1, "orig ImageNet": 2, "orig strided": 1, "max": 1, "one max": 1, "max plus": 3}
+HALVINGS = {
+    "embed": 1,
+    "max embed": 1,
+    "orig ImageNet": 2,
+    "orig strided": 1,
+    "max": 1,
+    "max first": 1,
+    "one max": 1,
+    "max plus": 3,
+}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -102,6 +113,15 @@ def test_embed_max_by_hand():
     main = same_steps(lambda step: second.norm(second.conv(step)), LIF()(pooled))
     short = same_steps(lambda step: F.max_pool2d(shortcut.norm(shortcut.conv(step)), 3, 2, 1), spikes)
     torch.testing.assert_close(embed(x), main + short)
+
+
+def test_the_first_embed_max_is_embed_max_behind_a_convolution():
+    embed = set_statistics(EmbedMaxFirst(3, 8))
+    later = EmbedMax(4, 8).eval()
+    later.load_state_dict(embed.body.state_dict())
+    x = membrane(3)
+    stem = same_steps(lambda step: embed.stem.norm(embed.stem.conv(step)), x)
+    torch.testing.assert_close(embed(x), later(stem))
 
 
 def test_embed_orig_by_hand():
@@ -182,6 +202,8 @@ def test_bad_sizes():
         Embed(4, 4, 2)
     with pytest.raises(ValueError, match="multiple of 2, got 5"):
         EmbedOrig(3, 5)
+    with pytest.raises(ValueError, match="multiple of 2, got 7"):
+        EmbedMaxFirst(3, 7)
     with pytest.raises(ValueError, match="multiple of 8, got 12"):
         EmbedMaxPlus(3, 12)
     with pytest.raises(ValueError, match="dim=8 and num_heads=3"):
