@@ -198,6 +198,7 @@ NEURONS: Mapping[str, LIF | IF] = {
     "if": IF(),
     "tau_2_soft": LIF(2.0, reset="soft"),
     "tau_4_soft": LIF(4.0, reset="soft"),
+    "if_half": IF(2.0),  # twice the threshold is half the current
 }
 
 
@@ -231,7 +232,8 @@ _GAIN_NOTE = (
     note=_GAIN_NOTE
     + "Here mean currents of 0.6, 0.7 and 0.85, and the mean of their ratios. Without a leak no current is below the "
     "threshold: integrate-and-fire is in the table only, and keeps more of the high frequencies than leaky neurons do "
-    "at the same currents.",
+    "at the same currents. What its ratios are depends on how much of the current it takes: all of it by definition, "
+    'as "if"; half of it, as a leaky neuron of time constant 2 takes, is "if half".',
 )
 def passes_low_frequencies_below_the_threshold(config: Noise, run: Run) -> Metrics:
     """Measure the gain of spikes at high and low frequencies, at all currents."""

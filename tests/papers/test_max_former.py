@@ -4,7 +4,7 @@ from torch import nn
 
 from postern.claims import Run
 from postern.papers import max_former as paper
-from postern.spiking import IF, LIF
+from postern.spiking import IF, LIF, Dynamics, integrate_and_fire
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():
@@ -50,3 +50,10 @@ def test_arms_start_from_the_same_weights_and_the_control_has_no_spikes():
         assert sum(isinstance(module, nn.MaxPool2d | nn.AvgPool2d) for module in network.modules()) == 3
         assert sum(isinstance(module, pool) for module in network.modules()) == 3
         assert sum(isinstance(module, LIF | IF) for module in network.modules()) == 12
+
+
+def test_twice_the_threshold_is_half_the_current():
+    current = 1 + torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    spikes = paper.NEURONS["if_half"](current)
+    assert torch.equal(spikes, integrate_and_fire(current, Dynamics(keep=1.0, gain=0.5)))
+    assert not torch.equal(spikes, paper.NEURONS["if"](current))
