@@ -1,10 +1,21 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from postern.claims import Run
 from postern.papers import max_former as paper
-from postern.spiking import IF, LIF, Dynamics, integrate_and_fire
+from postern.spiking import (
+    IF,
+    LIF,
+    Dynamics,
+    LayerOperations,
+    count_sops,
+    integrate_and_fire,
+    max_former_cifar,
+    ms_qkformer_cifar,
+)
 
 
 def test_the_rate_warms_up_and_falls_along_a_cosine():
@@ -57,3 +68,68 @@ def test_twice_the_threshold_is_half_the_current():
     spikes = paper.NEURONS["if_half"](current)
     assert torch.equal(spikes, integrate_and_fire(current, Dynamics(keep=1.0, gain=0.5)))
     assert not torch.equal(spikes, paper.NEURONS["if"](current))
+
+
+@pytest.mark.parametrize(("name", "build"), [("max_former", max_former_cifar), ("ms_qkformer", ms_qkformer_cifar)])
+def test_designs_are_the_networks_of_the_library(name, build):
+    run = Run(seed=3, scale="smoke")
+    config = replace(paper.SETTINGS["smoke"], dims=(16, 32, 64), depths=(1, 1, 2), num_steps=4)
+    network = paper._max_former(name, config, paper._data(config, run), run)
+    assert repr(network) == repr(build(dim=64, in_channels=1))
+
+
+def test_every_design_of_the_ablation_is_trained_at_full_scale():
+    """Each in one of the two claims, and each can be trained."""
+    configs = [
+        paper.PAPER.claims[name].scales["full"]
+        for name in ("maximum-mixes-better-than-average", "costs-no-more-energy")
+    ]
+    assert sorted([*paper.ARMS, *configs[0].beside, *configs[1].beside]) == sorted(paper.DESIGNS)
+    run = Run(seed=3, scale="smoke")
+    config = replace(paper.SETTINGS["smoke"], training_images=100, epochs=2)
+    data = paper._data(config, run)
+    for name in paper.DESIGNS:
+        network = paper._max_former(name, config, data, run)
+        before = {key: each.clone() for key, each in network.named_parameters()}
+        paper._trained(network, data, config, run, name)
+        assert any(not torch.equal(each, before[key]) for key, each in network.named_parameters()), name
+        assert all(each.isfinite().all() for each in network.parameters()), name
+
+
+def test_firing_rates_are_those_of_the_spikes():
+    """By layer what goes into it; by stage weighted with the operations; nothing where the input is real."""
+    run = Run(seed=3, scale="smoke")
+    operations = {
+        "embeds.0.stem.conv": LayerOperations(1000, None),
+        "embeds.0.body.main.0.projection.conv": LayerOperations(300, 0.1),
+        "stages.0.0.mlp.layers.1.conv": LayerOperations(100, 0.5),
+        "stages.1.0.mlp.layers.1.conv": LayerOperations(50, 0.2),
+        "head": LayerOperations(10, 0.4),
+    }
+    fewer = {name: operations[name] for name in ("stages.0.0.mlp.layers.1.conv", "head")}
+    paper._firing_rates({"all": paper._Energy(operations), "fewer": paper._Energy(fewer)}, run)
+    assert run.tables["firing rates by stage"] == [
+        {"stage": "stage 1", "all": 0.2, "fewer": 0.5},
+        {"stage": "stage 2", "all": 0.2, "fewer": None},
+        {"stage": "head", "all": 0.4, "fewer": 0.4},
+    ]
+    layers = {row["layer"]: (row["all"], row["fewer"]) for row in run.tables["firing rates by layer"]}
+    assert layers == {
+        "embeds.0.body.main.0.projection.conv": (0.1, None),
+        "stages.0.0.mlp.layers.1.conv": (0.5, 0.5),
+        "stages.1.0.mlp.layers.1.conv": (0.2, None),
+        "head": (0.4, 0.4),
+    }
+
+
+def test_a_layers_firing_rate_is_the_share_of_spikes_that_go_into_it():
+    torch.manual_seed(0)
+    network = paper.MaxResNet((1, 1), (4, 8), 3, in_channels=1).eval()
+    seen = {}
+    neuron, layer = network.stages[1][0].residual[0], "stages.1.0.residual.1.conv"
+    neuron.register_forward_hook(lambda module, inputs, spikes: seen.update(rate=spikes.mean().item()))
+    operations = count_sops(network, 3 * torch.randn(4, 1, 8, 8))
+    energy = paper._Energy({layer: operations[layer]})
+    assert 0 < seen["rate"] < 1
+    assert energy.firing_rate == pytest.approx(seen["rate"])
+    assert energy.sops == pytest.approx(seen["rate"] * operations[layer].flops)
