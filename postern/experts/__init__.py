@@ -46,7 +46,7 @@ from postern.experts.softmax_router import SoftmaxRouter
 from postern.experts.stochastic_router import StochasticRouter, expert_draws
 from postern.experts.temperature_gate import LinearTemperatureSchedule, TemperatureGate, set_temperature
 from postern.experts.temperature_softmax import temperature_softmax_gate
-from postern.experts.topk_softmax import SelectOn, topk_mask, topk_softmax_gate
+from postern.experts.topk_softmax import SelectOn, topk_indices, topk_mask, topk_softmax_gate
 from postern.experts.voronoi import (
     CELL_EXPONENTS,
     LossKind,
@@ -134,6 +134,7 @@ __all__ = [
     "temperature_softmax_gate",
     "theorem_exponents",
     "thor_step",
+    "topk_indices",
     "topk_mask",
     "topk_softmax_gate",
     "two_passes",

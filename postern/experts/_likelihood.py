@@ -1,7 +1,8 @@
 """The log-likelihood of Gaussian mixtures of experts and its derivatives, in one pass over the samples in chunks.
 
 Everything is written out, since autograd would keep every intermediate of every sample. Experts come before samples
-(``[models, experts, samples]``), so that sums over few experts run along the samples. Coordinates of a model:
+(``[models, experts, samples]``), so that sums over few experts run along the samples. Experts that a sparse gate drops
+cost their rows of two matrix products, and little more. Coordinates of a model:
 
     gate[i] = (beta1_i, beta0_i) for all experts but the last, whose row is held;  expert[i] = (a_i, b_i);
     log sigma_i;  log tau if it is learnt.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from postern.experts.gate_activation import value_and_derivative
 from postern.experts.gaussian_moe import LOG_2_PI, MixtureParameters, SoftmaxGate
-from postern.experts.topk_softmax import topk_mask
+from postern.experts.topk_softmax import topk_indices, topk_mask
 
 # numbers that a chunk of one intermediate holds: they stay in the cache of a core
 CHUNK_NUMBERS = 2**15
@@ -306,22 +307,39 @@ class Likelihood:
             else:
                 activated, slope = value_and_derivative(gate.activation, rows[..., :-1] @ z[:-1])
             logits = activated + intercept
-            mask = None
-            if gate.keeps_fewer_than(coordinates.num_experts):
-                assert gate.top_k is not None
-                mask = topk_mask(activated if gate.select_on == "score" else logits, gate.top_k, dim=-2)
+            selected = activated if gate.select_on == "score" else logits
             if has_temperature:
                 logits = logits / temperature.unsqueeze(-1)
-            kept = logits if mask is None else logits.masked_fill(~mask, float("-inf"))
             residual = y - expert @ z
-            joint = kept - residual.square().mul_(half_precision).add_(half_log_variance)
+            kept, cost = logits, residual.square().mul_(half_precision).add_(half_log_variance)
+            index = mask = None
+            if gate.keeps_fewer_than(coordinates.num_experts):
+                assert gate.top_k is not None
+                # one pass over the experts finds one that is kept, or one that is dropped
+                if 2 * gate.top_k <= coordinates.num_experts:
+                    index = topk_indices(selected, gate.top_k, dim=-2)
+                    kept, cost = kept.gather(-2, index), cost.gather(-2, index)
+                else:
+                    mask = topk_mask(selected, gate.top_k, dim=-2)
             # both softmaxes from their largest terms; the likelihood is the ratio of their sums
-            largest_logit, largest_joint = kept.amax(-2, keepdim=True), joint.amax(-2, keepdim=True)
-            weights = (kept - largest_logit).exp_()
-            responsibilities = joint.sub_(largest_joint).exp_()
-            weight_sum, joint_sum = weights.sum(-2, keepdim=True), responsibilities.sum(-2, keepdim=True)
+            weights, weight_sum, largest_logit = _exponentials(kept, mask)
+            responsibilities, joint_sum, largest_joint = _exponentials(kept - cost, mask)
             log_likelihood = (joint_sum / weight_sum).log_().add_(largest_joint).sub_(largest_logit).squeeze(-2)
             weights.div_(weight_sum)
             responsibilities.div_(joint_sum)
+            if index is not None:
+                weights = torch.zeros_like(logits).scatter_(-2, index, weights)
+                responsibilities = torch.zeros_like(logits).scatter_(-2, index, responsibilities)
             log_likelihood -= 0.5 * LOG_2_PI
             yield _Terms(slope, logits, weights, responsibilities, residual, z, log_likelihood)
+
+
+def _exponentials(logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``exp(l - max l)`` over experts, zero off the mask; their sum, and the maximum."""
+    if mask is None:
+        largest = logits.amax(-2, keepdim=True)
+        exponentials = (logits - largest).exp_()
+    else:  # exponentials of -inf are slow
+        largest = logits.masked_fill(~mask, float("-inf")).amax(-2, keepdim=True)
+        exponentials = (logits - largest).clamp_max_(0).exp_().mul_(mask)
+    return exponentials, exponentials.sum(-2, keepdim=True), largest

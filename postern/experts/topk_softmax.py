@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SelectOn = Literal["score", "score+bias"]
@@ -30,8 +30,7 @@ def topk_mask(scores: Float[Tensor, "*shape"], k_active: int, dim: int = -1) -> 
         ValueError: ``k_active`` out of range.
     """
     size = scores.shape[dim]
-    if not 1 <= k_active <= size:
-        raise ValueError(f"of {size} experts between 1 and {size} can be kept, got k_active={k_active}")
+    _check_active(size, k_active)
     scores = scores.detach()
     keeps = k_active <= size - k_active
     # dropping the smallest goes through the experts from the last, so that ties fall the same way
@@ -43,6 +42,29 @@ def topk_mask(scores: Float[Tensor, "*shape"], k_active: int, dim: int = -1) -> 
         taken = taken | is_first
         left = left.masked_fill(is_first, float("-inf"))
     return taken if keeps else ~taken.flip(dim)
+
+
+def topk_indices(scores: Float[Tensor, "*shape"], k_active: int, dim: int = -1) -> Int[Tensor, "*kept"]:
+    """Where the ``k_active`` largest scores are along ``dim``, largest first; of equal scores the first is larger.
+
+    The same choice as that of `topk_mask`, for gathering what belongs to it. It takes K passes over the scores.
+
+    Args:
+        scores: finite numbers.
+        k_active: how many are kept, 1 to the size of ``dim``.
+        dim: the dimension of the experts.
+
+    Raises:
+        ValueError: ``k_active`` out of range.
+    """
+    _check_active(scores.shape[dim], k_active)
+    left = scores.detach()
+    indices: list[Tensor] = []
+    for _ in range(k_active):
+        if indices:
+            left = left.scatter(dim, indices[-1], float("-inf"))
+        indices.append(left.max(dim, keepdim=True).indices)
+    return torch.cat(indices, dim)
 
 
 def topk_softmax_gate(
@@ -80,3 +102,8 @@ def check_select_on(select_on: str) -> None:
     """Raise ``ValueError`` for an unknown rule of selection."""
     if select_on not in get_args(SelectOn):
         raise ValueError(f"select_on must be 'score' or 'score+bias', got {select_on!r}")
+
+
+def _check_active(size: int, k_active: int) -> None:
+    if not 1 <= k_active <= size:
+        raise ValueError(f"of {size} experts between 1 and {size} can be kept, got k_active={k_active}")

@@ -47,6 +47,7 @@ PAPER = Paper(
         "postern.experts.GaussianMixtureOfExperts",
         "postern.experts.GaussianMoERegressor",
         "postern.experts.topk_softmax_gate",
+        "postern.experts.topk_indices",
         "postern.experts.fit_mixture",
         "postern.experts.voronoi_cells",
         "postern.experts.voronoi_loss",
@@ -67,6 +68,8 @@ PAPER = Paper(
         "With spare experts the likelihood has long flat valleys. Fits that end at a gain of 1e-9 in its mean are "
         "still between merged and separate copies, and look as if these converged fast; the claims go on to 1e-13.",
         "Of equal scores the first is kept. Copies of an expert start at almost equal slopes, so this is no detail.",
+        "All scores and means are matrix products and cheap. Where at most half of the experts are kept, the logits "
+        "and residuals of these alone are gathered, and no exponential is taken for the others.",
         "The loss is the largest sum over K cells, which is the sum of the K largest cells: no subsets are listed.",
     ),
     differences=(

@@ -59,6 +59,23 @@ def test_value_and_gradient_are_those_of_autograd(gate, learns):
         torch.testing.assert_close(scores[i], autograd_scores(one, x[i : i + 1], y[i : i + 1], coordinates))
 
 
+@pytest.mark.parametrize("select_on", ["score", "score+bias"])
+@pytest.mark.parametrize("kept", range(1, 7))
+def test_experts_that_are_dropped_count_for_nothing(kept, select_on):
+    """Also where scores are equal, and where a dropped expert has by far the largest logit or density."""
+    parameters, (x, y) = drawn(7, 2, (2,)), samples(300)
+    parameters.gate_coef[:, 4] = parameters.gate_coef[:, 1]
+    parameters.gate_intercept[:, 2] += 800
+    parameters.variance[:, 3] = 1e-4
+    gate, coordinates = SoftmaxGate(kept, select_on=select_on), Coordinates(7, 2, False)
+    flat = coordinates.flatten(parameters)
+    value, gradient = Likelihood(x, y, gate, coordinates, parameters, 77).value_and_gradient(flat)
+    model = GaussianMixtureOfExperts.from_parameters(parameters, gate)
+    torch.testing.assert_close(value, model(x, y).mean(-1).detach())
+    expected = autograd_scores(model, x, y, coordinates)
+    torch.testing.assert_close(gradient, expected, atol=1e-10 * expected.abs().max().item(), rtol=1e-9)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("gate", GATES, ids=str)
 def test_statistics_of_the_gate_are_those_of_autograd(gate, learns):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from postern.experts import topk_mask, topk_softmax_gate
+from postern.experts import topk_indices, topk_mask, topk_softmax_gate
 
 SCORES = hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.integers(-3, 3).map(float))
 
@@ -18,6 +18,8 @@ def test_the_mask_is_that_of_a_stable_sort(scores, data):
     np.put_along_axis(expected, order, True, axis=1)
     np.testing.assert_array_equal(topk_mask(torch.from_numpy(scores), k).numpy(), expected)
     np.testing.assert_array_equal(topk_mask(torch.from_numpy(scores.T.copy()), k, dim=0).numpy(), expected.T)
+    np.testing.assert_array_equal(topk_indices(torch.from_numpy(scores), k).numpy(), order)
+    np.testing.assert_array_equal(topk_indices(torch.from_numpy(scores.T.copy()), k, dim=0).numpy(), order.T)
 
 
 def naive_gate(scores, bias, k, select_on):
@@ -77,6 +79,8 @@ def test_bad_arguments_are_told():
         topk_softmax_gate(scores, None, 4)
     with pytest.raises(ValueError, match="got k_active=0"):
         topk_mask(scores, 0)
+    with pytest.raises(ValueError, match="got k_active=4"):
+        topk_indices(scores, 4)
     with pytest.raises(ValueError, match="select_on must be"):
         topk_softmax_gate(scores, None, 1, "bias")
     with pytest.raises(ValueError, match="one bias for each of 3 experts"):
