@@ -25,6 +25,11 @@ from postern.experts import (
 # The gain in the mean log-likelihood at which a fit ends. Where experts share a true one the likelihood is so flat that
 # fits end between merged and separate copies, far from the maximum, if they end at gains of 1e-9.
 TOLERANCE = 1e-13
+# Between two fits, a gain in the mean log-likelihood above this is another maximum; below it the same climb has ended
+# a little earlier.
+OTHER_MAXIMUM = 1e-9
+# Copies of a true expert that are exactly equal move as one. Those of a start at the truth are this far apart.
+SPLIT_OF_TRUTH = 0.01
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,30 @@ def fit_to_the_end(
         gate_penalty=gate_penalty,
     )
     return fits.best()
+
+
+class Fits:
+    """Fits from near the truth and, beside each, one from the truth itself. The likelier counts.
+
+    Attributes:
+        gains: what the start at the truth gained in the mean log-likelihood; negative where it ended lower.
+    """
+
+    def __init__(self) -> None:
+        self.gains: list[float] = []
+
+    def best(
+        self, x: Tensor, y: Tensor, near: MixtureParameters, at: MixtureParameters, gate: SoftmaxGate
+    ) -> MixtureFit:
+        """The likelier of the fits from near the truth and from the truth."""
+        found, from_truth = (fit_to_the_end(x, y, starts, gate) for starts in (near, at))
+        self.gains.append(float(from_truth.log_likelihood - found.log_likelihood))
+        return from_truth if self.gains[-1] > OTHER_MAXIMUM else found
+
+    def metrics(self) -> dict[str, float]:
+        """The share of fits whose likeliest end was found from the truth alone, and the most that this gained."""
+        won = [gain for gain in self.gains if gain > OTHER_MAXIMUM]
+        return {"truth_start_share": len(won) / len(self.gains), "missed_likelihood": max(won, default=0.0)}
 
 
 class Errors:

@@ -4,7 +4,7 @@ import torch
 from postern.claims import Run
 from postern.experts import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
 from postern.papers import temperature_gmoe, topk_gating_gmoe
-from postern.papers._gaussian_experts import Errors, World, drawn_world, replicates
+from postern.papers._gaussian_experts import SPLIT_OF_TRUTH, Errors, Fits, World, drawn_world, replicates
 
 WORLDS = {
     "three": topk_gating_gmoe.THREE_EXPERTS,
@@ -67,6 +67,47 @@ def test_the_temperature_of_a_start_is_noisy_too():
     starts = temperature_gmoe._starts(config.world("tanh"), config, generator())
     assert starts.temperature.log().mean().item() == pytest.approx(-0.693, abs=0.02)
     assert starts.temperature.log().std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_the_start_at_the_truth_counts_where_it_ends_higher():
+    world, gate = WORLDS["two"], SoftmaxGate(3)
+    x, y = world.samples(500, generator(), torch.device("cpu"))
+    truth = world.starts((0, 0, 1), 1, 0.0, SPLIT_OF_TRUTH, generator())
+    b1, b0, a, b, v, tau = (value.clone() for value in truth)
+    stuck = MixtureParameters(0 * b1, 0 * b0, a[:, :1].expand_as(a), b[:, :1].expand_as(b), v[:, :1].expand_as(v), tau)
+    fits = Fits()
+    found = fits.best(x, y, stuck, truth, gate)  # experts that are all equal stay so
+    assert fits.gains[0] > 0.1
+    assert fits.metrics() == {"truth_start_share": 1.0, "missed_likelihood": fits.gains[0]}
+    again = fits.best(x, y, truth, stuck, gate)
+    torch.testing.assert_close(again.log_likelihood, found.log_likelihood)
+    assert fits.gains[1] == pytest.approx(-fits.gains[0])
+    assert fits.metrics()["truth_start_share"] == 0.5
+    fits.best(x, y, truth, truth, gate)
+    assert fits.metrics()["truth_start_share"] == pytest.approx(1 / 3)
+    likelihood = GaussianMixtureOfExperts.from_parameters(found.parameters, gate)(x, y).mean()
+    torch.testing.assert_close(likelihood, found.log_likelihood)
+
+
+def test_blocks_tell_copies_from_single_experts_and_leave_out_the_reference():
+    truth = WORLDS["three"].truth
+    index = torch.tensor([0, 1, 2, 2])
+    moved = MixtureParameters(*(value[index].clone() for value in list(truth)[:5]), truth.temperature)
+    for value, shift in zip(moved, (0.1, 0.0, 0.2, 0.3, 0.4), strict=False):
+        value[:2] += shift
+        value[2] += 3 * shift
+    errors = Errors((100,))
+    topk_gating_gmoe._add_by_block(errors, 100, moved, truth, (0, 1, 2, 2))
+    found = errors.last()
+    for name, shift in zip(topk_gating_gmoe.BLOCKS, (0.1, 0.2, 0.3, 0.4), strict=True):
+        assert found[f"single_{name}_last"] == pytest.approx(shift)
+        assert found[f"copies_{name}_last"] == pytest.approx(1.5 * shift)
+    errors = Errors((100,))
+    world = WORLDS["two"]
+    start = world.starts((0, 0, 1), 1, 0.1, 0.3, generator())[0]
+    topk_gating_gmoe._add_by_block(errors, 100, start, world.truth, (0, 0, 1))
+    assert "single_gate_coef" not in errors.found
+    assert "single_coef" in errors.found
 
 
 def test_errors_have_the_slopes_of_their_medians():
