@@ -44,7 +44,7 @@ from postern.experts.selection_entropy import entropy_bounds, load_entropy, sele
 from postern.experts.similarity import Similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter
 from postern.experts.stochastic_router import StochasticRouter, expert_draws
-from postern.experts.temperature_gate import LinearTemperatureSchedule, TemperatureGate, set_temperature
+from postern.experts.temperature_gate import GateScore, LinearTemperatureSchedule, TemperatureGate, set_temperature
 from postern.experts.temperature_softmax import temperature_softmax_gate
 from postern.experts.topk_softmax import SelectOn, topk_indices, topk_mask, topk_softmax_gate
 from postern.experts.voronoi import (
@@ -68,6 +68,7 @@ __all__ = [
     "Dispatch",
     "Experts",
     "FeedForwardExperts",
+    "GateScore",
     "GaussianMixtureOfExperts",
     "GaussianMoERegressor",
     "Graph",

@@ -33,7 +33,10 @@ class DenseToSparseRouter(nn.Module):
 
     In training Gumbel noise is added to the scores, ``p = softmax((scores + noise) / temperature)``, and each token
     gets the K experts with the largest p, weighted by p as it is, where K is the mean number of experts above the
-    threshold, and ``top_k`` at least. In evaluation there is no noise, and the best ``top_k`` share a weight of 1.
+    threshold, and ``top_k`` at least. In evaluation there is no noise, and the best ``top_k`` share a weight of 1:
+    their softmax at the temperature that training ended with, so that the layer goes on as it was trained. The code of
+    VITA-Group/Random-MoE-as-Dropout takes the softmax of the kept scores at temperature 1 there, whatever the schedule
+    ended with; ``evaluation_temperature=1`` does the same.
 
     How many experts work depends on the tokens: in training the layer cannot be compiled into one graph.
 
@@ -47,6 +50,7 @@ class DenseToSparseRouter(nn.Module):
         activation: of the scores, see `TemperatureGate`.
         has_noise: whether there is noise in training.
         balance: weight of `postern.experts.balance_loss` in the auxiliary loss.
+        evaluation_temperature: in evaluation; that of training if None.
 
     Raises:
         ValueError: sizes below 1, more experts a token than there are, a threshold outside [0, 1), a temperature that
@@ -64,10 +68,13 @@ class DenseToSparseRouter(nn.Module):
         activation: str | Activation | None = None,
         has_noise: bool = True,
         balance: float = 0.01,
+        evaluation_temperature: float | None = None,
     ) -> None:
         super().__init__()
         check_sizes(width, num_experts, top_k)
         check_losses(balance=balance)
+        if evaluation_temperature is not None and not evaluation_temperature > 0:
+            raise ValueError(f"a temperature is positive, got evaluation_temperature={evaluation_temperature}")
         if not 0 <= threshold < 1:
             raise ValueError(f"a threshold is a share in [0, 1), got {threshold}")
         self.width = width
@@ -76,6 +83,7 @@ class DenseToSparseRouter(nn.Module):
         self.threshold = threshold
         self.has_noise = has_noise
         self.balance = balance
+        self.evaluation_temperature = evaluation_temperature
         self.gate = TemperatureGate(width, num_experts, temperature=temperature, activation=activation)
 
     def forward(self, tokens: Float[Tensor, "batch time width"], context: RoutingContext = NO_CONTEXT) -> Routing:
@@ -89,7 +97,8 @@ class DenseToSparseRouter(nn.Module):
         top_k = self.top_k
         if self.training and self.has_noise:
             scores = scores + gumbel_noise(scores)
-        probabilities = temperature_softmax_gate(scores, None, self.gate.temperature)
+        temperature = None if self.training else self.evaluation_temperature
+        probabilities = temperature_softmax_gate(scores, None, temperature or self.gate.temperature)
         if self.training:
             top_k = min(self.num_experts, max(top_k, self._num_active(probabilities, context.mask)))
         weights, indices = choose(probabilities, top_k, renormalises=not self.training)

@@ -1,13 +1,14 @@
 """A gate over all experts with a temperature, set, scheduled or learnt.
 
 Paper: "Is Temperature Sample Efficient for Softmax Gaussian Mixture of Experts?", arXiv 2401.13875, which shows that a
-temperature cannot be learnt beside linear scores, and passes the scores through an activation before.
+temperature cannot be learnt beside linear scores, and passes the scores through an activation before. Another way out
+is that of arXiv 2602.01466, for sigmoid gates: Euclidean scores in place of inner products.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,22 +22,33 @@ from postern.precision import without_autocast
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-2, 1e2
 
 
-class TemperatureGate(nn.Module):
-    """``softmax((activation(W x) + b) / temperature)`` over all experts.
+GateScore = Literal["linear", "euclidean"]
 
-    Without an activation, or with one that is homogeneous as ReLU is, weights, bias and temperature can be scaled
-    together and nothing changes: there, schedule a temperature rather than learn it.
+_SIGMOID_TEMPERATURE = 0.3
+
+
+class TemperatureGate(nn.Module):
+    """``softmax((activation(s) + b) / temperature)`` over all experts, of scores ``s = W x`` or ``s_i = -||x - W_i||``.
+
+    With linear scores and without an activation, or with one that is homogeneous as ReLU is, weights, bias and
+    temperature can be scaled together and nothing changes: there, schedule a temperature rather than learn it.
+    Euclidean scores have no such scale, as the tokens set it, and need no activation. (Their squares would: ``||x||^2``
+    is common to all experts, and what remains is linear in the token.)
+
+    A sigmoid's scores lie in (0, 1). At temperature 1 no expert then gets e times the weight of another with the same
+    bias, so that routing stays dense: temperatures between 0.1 and 0.5 are where it can begin.
 
     Args:
         width: features of a token.
         num_experts: how many there are.
-        temperature: a number, or "learned", which starts at 1; its logarithm is the parameter, and it stays between
-            0.01 and 100.
+        temperature: a number, or "learned", which starts at 1, with a sigmoid at 0.3; `set_temperature` starts it
+            elsewhere. Its logarithm is the parameter, and it stays between 0.01 and 100.
         activation: of the scores: an elementwise function or a name in `ACTIVATIONS`; None for none.
         bias: whether each expert has a bias, which is added after the activation.
+        score: "linear", or "euclidean", with the weights as the experts' centres among the tokens, drawn from N(0, 1).
 
     Raises:
-        ValueError: sizes below 1, a temperature that is not positive, or an unknown activation.
+        ValueError: sizes below 1, a temperature that is not positive, or an unknown activation or score.
     """
 
     log_temperature: Tensor
@@ -49,20 +61,28 @@ class TemperatureGate(nn.Module):
         temperature: float | Literal["learned"] = 1.0,
         activation: str | Activation | None = None,
         bias: bool = True,
+        score: GateScore = "linear",
     ) -> None:
         super().__init__()
         check_sizes(width, num_experts, 1)
+        if score not in get_args(GateScore):
+            raise ValueError(f"score must be 'linear' or 'euclidean', got {score!r}")
         self.width = width
         self.num_experts = num_experts
+        self.score = score
         self.activation = resolve_activation(activation)
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
-        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+        if score == "linear":
+            nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+        else:
+            nn.init.normal_(self.weight)
         if temperature == "learned":
             self.log_temperature = nn.Parameter(torch.zeros(()))
+            temperature = _SIGMOID_TEMPERATURE if self.activation is torch.sigmoid else 1.0
         else:
             self.register_buffer("log_temperature", torch.zeros(()))
-            self.set_temperature(temperature)
+        self.set_temperature(temperature)
 
     @property
     def temperature(self) -> Float[Tensor, ""]:
@@ -84,10 +104,15 @@ class TemperatureGate(nn.Module):
         self.log_temperature.fill_(math.log(temperature))
 
     def scores(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens num_experts"]:
-        """``activation(W x) + b``, not yet divided by the temperature, in float32 at least."""
+        """``activation(s) + b``, not yet divided by the temperature, in float32 at least."""
         with without_autocast(tokens.device):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
-            scores = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
+            tokens, weight = tokens.to(dtype), self.weight.to(dtype)
+            if self.score == "linear":
+                scores = nn.functional.linear(tokens, weight)
+            else:
+                # by matrix products it would lose the digits of short distances
+                scores = -torch.cdist(tokens, weight, compute_mode="donot_use_mm_for_euclid_dist")
             scores = self.activation(scores)
             return scores if self.bias is None else scores + self.bias.to(dtype)
 

@@ -172,7 +172,7 @@ SPARE = {
 COPIES = SPARE | {"small": replace(SPARE["small"], replicates=15)}
 REGIONS = {
     "smoke": Study((500, 2000), 2),
-    "small": Study((1000, 4000, 16_000), 4),
+    "small": Study((1000, 4000, 16_000), 7),
     "full": Study((1000, 4000, 16_000, 64_000, 256_000), 30),
 }
 CONTROL = {scale: replace(study, folds=2 if scale == "smoke" else 5) for scale, study in EXACT.items()}

@@ -31,6 +31,7 @@ from postern.experts import (
     router_z_loss,
     set_temperature,
 )
+from tests.modules import check_module
 
 
 @pytest.fixture(autouse=True)
@@ -358,6 +359,66 @@ def test_linear_scores_and_temperature_scale_together():
     torch.testing.assert_close(other(x), gate(x))
 
 
+def test_euclidean_scores_are_distances_to_centres():
+    x = torch.randn(3, 7, 4)
+    gate = TemperatureGate(4, 5, temperature=0.5, score="euclidean")
+    with torch.no_grad():
+        gate.bias.normal_()
+    distance = (x[..., None, :] - gate.weight).square().sum(-1).sqrt()
+    torch.testing.assert_close(gate(x), ((gate.bias - distance) / 0.5).softmax(-1))
+    gate.double()
+    centred = torch.cat([gate.weight[:2], torch.randn(3, 4, dtype=torch.float64)]).detach().requires_grad_()
+    gate.scores(centred).sum().backward()
+    assert centred.grad.isfinite().all()  # also where a token is a centre
+
+
+@pytest.mark.parametrize(("score", "lost"), [("linear", 2 + 1 + 1), ("euclidean", 1)])
+def test_euclidean_scores_tell_the_temperature_and_linear_ones_do_not(score, lost):
+    """The Fisher information of the gate: translations of slopes and biases are lost, and the scale of a linear one."""
+    gate = TemperatureGate(2, 4, temperature="learned", score=score).double()
+    x = 2 * torch.randn(400, 2, dtype=torch.float64)
+    names, values = zip(*gate.named_parameters(), strict=True)
+
+    def log_weights(*values):
+        return torch.func.functional_call(gate, dict(zip(names, values, strict=True)), (x,)).log()
+
+    jacobian = torch.autograd.functional.jacobian(log_weights, values)
+    scores = torch.cat([each.reshape(400, 4, -1) for each in jacobian], dim=-1)
+    information = torch.einsum("ne,nei,nej->ij", gate(x).detach(), scores, scores) / 400
+    eigenvalues, vectors = torch.linalg.eigh(information)
+    null = eigenvalues < 1e-12 * eigenvalues[-1]
+    assert int(null.sum()) == lost
+    assert eigenvalues[~null].min() > 1e-5 * eigenvalues[-1]
+    of_temperature = vectors[sum(value.numel() for value in values[: names.index("log_temperature")])][null].norm()
+    assert (of_temperature > 0.1) == (score == "linear")
+
+
+@pytest.mark.parametrize("score", ["linear", "euclidean"])
+def test_the_temperature_gate_survives_what_modules_must(score):
+    check_module(lambda: TemperatureGate(8, 5, temperature="learned", score=score), torch.randn(2, 6, 8))
+
+
+def test_a_learnt_temperature_starts_low_under_a_sigmoid():
+    assert TemperatureGate(4, 3, temperature="learned", activation="sigmoid").temperature.item() == pytest.approx(0.3)
+    assert TemperatureGate(4, 3, temperature="learned", activation="tanh").temperature.item() == pytest.approx(1.0)
+    router = DenseToSparseRouter(4, 3, temperature="learned", activation=torch.sigmoid)
+    assert router.gate.temperature.item() == pytest.approx(0.3)
+    set_temperature(router, 0.1)
+    assert router.gate.temperature.item() == pytest.approx(0.1)
+    assert router.gate.temperature.requires_grad
+
+
+def test_evaluation_shares_by_the_temperature_of_training_or_by_its_own():
+    x = torch.randn(2, 5, 8)
+    router = DenseToSparseRouter(8, 6, 2, temperature=0.3).eval()
+    scores = router.gate.scores(x).topk(2).values
+    torch.testing.assert_close(router(x).weights, (scores / 0.3).softmax(-1))
+    as_published = DenseToSparseRouter(8, 6, 2, temperature=0.3, evaluation_temperature=1.0, has_noise=False)
+    as_published.load_state_dict(router.state_dict())
+    torch.testing.assert_close(as_published.eval()(x).weights, scores.softmax(-1))
+    torch.testing.assert_close(as_published.train()(x).probabilities, router(x).probabilities)
+
+
 def test_falling_temperatures_leave_fewer_experts():
     router = DenseToSparseRouter(16, 8, 2, has_noise=False)
     x = torch.randn(4, 10, 16)
@@ -397,6 +458,8 @@ def test_how_many_work_is_the_mean_number_above_the_threshold():
         (lambda: HashRouter(4, 3, 0), "got 0"),
         (lambda: RandomRouter(4, 0), "num_experts=0"),
         (lambda: TemperatureGate(4, 3, temperature=-1.0), "got -1.0"),
+        (lambda: TemperatureGate(4, 3, score="cosine"), "got 'cosine'"),
+        (lambda: DenseToSparseRouter(4, 3, evaluation_temperature=0.0), "evaluation_temperature=0.0"),
         (lambda: set_temperature(torch.nn.Linear(1, 1), 1.0), "Linear has no TemperatureGate"),
         (lambda: LinearTemperatureSchedule(0), "got 0"),
         (lambda: FeedForwardExperts(2, 0, 4), "width=0"),
