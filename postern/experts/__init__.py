@@ -14,7 +14,7 @@ from postern.experts.expert_conversion import StochasticFeedForward, convert_ffn
 from postern.experts.feedforward import Experts, FeedForwardExperts, ModuleExperts, in_order
 from postern.experts.fluctuation import RoutingRecorder, routing_fluctuation
 from postern.experts.gate_activation import ACTIVATIONS, Activation, resolve_activation, value_and_derivative
-from postern.experts.gaussian_moe import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
+from postern.experts.gaussian_moe import Covariance, GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
 from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
 from postern.experts.gaussian_moe_regressor import GaussianMoERegressor
 from postern.experts.graph_router import Graph, GraphOptions, TokenGraph, TokenGraphRouter
@@ -64,6 +64,7 @@ __all__ = [
     "Capacity",
     "ConsistencyLoss",
     "CosineRouter",
+    "Covariance",
     "DenseToSparseRouter",
     "Dispatch",
     "Experts",

@@ -5,7 +5,7 @@ Everything is written out, since autograd would keep every intermediate of every
 cost their rows of two matrix products, and little more. Coordinates of a model:
 
     gate[i] = (beta1_i, beta0_i) for all experts but the last, whose row is held;  expert[i] = (a_i, b_i);
-    log sigma_i;  log tau if it is learnt.
+    log sigma_i, or one for all;  log tau if it is learnt.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Coordinates:
         num_experts: ``k``.
         num_features: ``d``.
         learns_temperature: whether ``log tau`` is among them.
+        shares_variance: whether one variance is that of all experts.
     """
 
     num_experts: int
     num_features: int
     learns_temperature: bool
+    shares_variance: bool = False
 
     @property
     def num_gate(self) -> int:
@@ -51,8 +53,13 @@ class Coordinates:
         """Coordinates of all regressions."""
         return self.num_experts * (self.num_features + 1)
 
+    @property
+    def num_variances(self) -> int:
+        """Coordinates of all variances."""
+        return 1 if self.shares_variance else self.num_experts
+
     def __len__(self) -> int:
-        return self.num_gate + self.num_expert + self.num_experts + self.learns_temperature
+        return self.num_gate + self.num_expert + self.num_variances + self.learns_temperature
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -61,29 +68,36 @@ class Coordinates:
         for kind, experts in (("gate_", self.num_experts - 1), ("", self.num_experts)):
             for i in range(experts):
                 names += [f"{kind}coef[{i}, {j}]" for j in range(self.num_features)] + [f"{kind}intercept[{i}]"]
-        names += [f"log_variance[{i}]" for i in range(self.num_experts)]
+        names += ["log_variance"] if self.shares_variance else [f"log_variance[{i}]" for i in range(self.num_experts)]
         return (*names, *(["log_temperature"] if self.learns_temperature else []))
 
     def flatten(self, parameters: MixtureParameters) -> Float[Tensor, "*models coordinates"]:
-        """The free numbers."""
+        """The free numbers; a variance that is shared is the geometric mean."""
         gate = torch.cat([parameters.gate_coef, parameters.gate_intercept.unsqueeze(-1)], dim=-1)[..., :-1, :]
         expert = torch.cat([parameters.coef, parameters.intercept.unsqueeze(-1)], dim=-1)
-        parts = [gate.flatten(-2), expert.flatten(-2), parameters.variance.log()]
+        log_variance = parameters.variance.log()
+        if self.shares_variance:
+            log_variance = log_variance.mean(dim=-1, keepdim=True)
+        parts = [gate.flatten(-2), expert.flatten(-2), log_variance]
         if self.learns_temperature:
             parts.append(parameters.temperature.log().unsqueeze(-1))
         return torch.cat(parts, dim=-1)
 
     def split(self, flat: Float[Tensor, "*models coordinates"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gate ``[.., k - 1, d + 1]``, experts ``[.., k, d + 1]``, log variances ``[.., k]``, ``log tau`` if learnt."""
-        sizes = [self.num_gate, self.num_expert, self.num_experts, int(self.learns_temperature)]
+        sizes = [self.num_gate, self.num_expert, self.num_variances, int(self.learns_temperature)]
         gate, expert, log_variance, log_temperature = torch.split(flat, sizes, dim=-1)
         width = self.num_features + 1
         return (
             gate.reshape(*flat.shape[:-1], self.num_experts - 1, width),
             expert.reshape(*flat.shape[:-1], self.num_experts, width),
-            log_variance,
+            log_variance.expand(*flat.shape[:-1], self.num_experts),
             log_temperature,
         )
+
+    def pooled(self, by_expert: Tensor, dim: int) -> Tensor:
+        """Derivatives in the log variance of each expert as those in the coordinates."""
+        return by_expert.sum(dim=dim, keepdim=True) if self.shares_variance else by_expert
 
     def unflatten(self, flat: Float[Tensor, "*models coordinates"], held: MixtureParameters) -> MixtureParameters:
         """The mixtures of free numbers; what is not free is taken from ``held``."""
@@ -198,7 +212,9 @@ class Likelihood:
                 d_gate[:, :num_features] *= terms.slope[0, :-1, None]
             weighted = terms.responsibilities[0] * terms.residual[0] * inverse_variance[0, :, None]
             d_expert = weighted[:, None] * terms.features
-            d_log_variance = 0.5 * (weighted * terms.residual[0] - terms.responsibilities[0])
+            d_log_variance = self.coordinates.pooled(
+                0.5 * (weighted * terms.residual[0] - terms.responsibilities[0]), dim=0
+            )
             parts = [d_gate.flatten(0, 1), d_expert.flatten(0, 1), d_log_variance]
             if self.coordinates.learns_temperature:
                 # logits are already over the temperature, of which d_logits has one factor too many
@@ -286,7 +302,7 @@ class Likelihood:
         weighted = r * terms.residual
         d_expert = (weighted @ z.T) * inverse_variance.unsqueeze(-1)
         square = (weighted * terms.residual).sum(dim=-1)
-        d_log_variance = 0.5 * (square * inverse_variance - r.sum(dim=-1))
+        d_log_variance = self.coordinates.pooled(0.5 * (square * inverse_variance - r.sum(dim=-1)), dim=-1)
         return [d_gate.flatten(1), d_expert.flatten(1), d_log_variance, *parts]
 
     def _chunks(self, flat: Tensor) -> Iterator[_Terms]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from postern.experts.gate_activation import Activation, resolve_activation
 from postern.experts.topk_softmax import SelectOn, check_select_on, topk_mask
 from postern.precision import without_autocast
+
+Covariance = Literal["per-expert", "tied"]
 
 Values = Tensor | np.ndarray | Sequence[Any] | float
 
@@ -168,6 +170,8 @@ class GaussianMixtureOfExperts(nn.Module):
         select_on: see `SoftmaxGate`.
         temperature: ``tau`` at first, positive.
         learns_temperature: whether ``tau`` is trained. With linear scores it cannot be told from their scale.
+        covariance: "per-expert": each expert has a variance, as in the papers; "tied": all have the same. Outputs are
+            numbers, for which full, diagonal and spherical covariances are one and the same.
         num_models: how many models of different initial values; None for one, without that axis.
         dtype: of the parameters.
 
@@ -175,7 +179,8 @@ class GaussianMixtureOfExperts(nn.Module):
         gate: the `SoftmaxGate`.
 
     Raises:
-        ValueError: sizes below 1, ``top_k`` above ``num_experts``, or a temperature that is not positive.
+        ValueError: sizes below 1, ``top_k`` above ``num_experts``, a temperature that is not positive, or an unknown
+            covariance.
     """
 
     def __init__(
@@ -188,6 +193,7 @@ class GaussianMixtureOfExperts(nn.Module):
         select_on: SelectOn = "score",
         temperature: float = 1.0,
         learns_temperature: bool = False,
+        covariance: Covariance = "per-expert",
         num_models: int | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> None:
@@ -200,7 +206,9 @@ class GaussianMixtureOfExperts(nn.Module):
             raise ValueError(f"of {num_experts} experts between 1 and {num_experts} can be kept, got top_k={top_k}")
         if not temperature > 0:
             raise ValueError(f"a temperature is positive, got {temperature}")
+        check_covariance(covariance)
         self.gate = SoftmaxGate(top_k, activation, select_on)
+        self.covariance = covariance
         models = () if num_models is None else (num_models,)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -210,7 +218,7 @@ class GaussianMixtureOfExperts(nn.Module):
         self.gate_intercept = parameter(num_experts)
         self.coef = parameter(num_experts, num_features)
         self.intercept = parameter(num_experts)
-        self.log_variance = parameter(num_experts)
+        self.log_variance = parameter(num_experts if covariance == "per-expert" else 1)
         self.log_temperature = nn.Parameter(
             torch.full(models, math.log(temperature), dtype=dtype), requires_grad=learns_temperature
         )
@@ -230,13 +238,20 @@ class GaussianMixtureOfExperts(nn.Module):
         gate: SoftmaxGate = SoftmaxGate(),  # frozen
         *,
         learns_temperature: bool = False,
+        covariance: Covariance = "per-expert",
     ) -> Self:
         """Make a model of given parameters.
 
         Raises:
-            ValueError: more than one leading axis, or a gate that keeps more experts than there are.
+            ValueError: more than one leading axis, a gate that keeps more experts than there are, or a tied covariance
+                and variances that differ.
         """
         *models, num_experts, num_features = parameters.coef.shape
+        variance = parameters.variance
+        if covariance == "tied":
+            if not torch.equal(variance, variance[..., :1].expand_as(variance)):
+                raise ValueError(f"experts of a tied covariance have one variance, got {variance.tolist()}")
+            variance = variance[..., :1]
         if len(models) > 1:
             raise ValueError(f"several models have one leading axis, got coefficients {list(parameters.coef.shape)}")
         model = cls(
@@ -246,13 +261,14 @@ class GaussianMixtureOfExperts(nn.Module):
             activation=gate.activation,
             select_on=gate.select_on,
             learns_temperature=learns_temperature,
+            covariance=covariance,
             num_models=models[0] if models else None,
             dtype=parameters.coef.dtype,
         ).to(parameters.coef.device)
         with torch.no_grad():
             for name, value in zip(("gate_coef", "gate_intercept", "coef", "intercept"), parameters, strict=False):
                 getattr(model, name).copy_(value)
-            model.log_variance.copy_(parameters.variance.log())
+            model.log_variance.copy_(variance.log())
             model.log_temperature.copy_(parameters.temperature.log())
         return model
 
@@ -261,13 +277,18 @@ class GaussianMixtureOfExperts(nn.Module):
         """The parameters as they are, detached copies."""
         values = (self.gate_coef, self.gate_intercept, self.coef, self.intercept)
         copies = [value.detach().clone() for value in values]
-        copies += [self.log_variance.detach().exp(), self.log_temperature.detach().exp()]
+        copies += [self.log_variances.detach().exp(), self.log_temperature.detach().exp()]
         return MixtureParameters(*copies)
+
+    @property
+    def log_variances(self) -> Float[Tensor, "*models experts"]:
+        """``log sigma`` of each expert, also where they share one."""
+        return self.log_variance.expand_as(self.intercept)
 
     def extra_repr(self) -> str:
         """Sizes and the gate."""
         *models, num_experts, num_features = self.coef.shape
-        text = f"num_features={num_features}, num_experts={num_experts}, gate={self.gate}"
+        text = f"num_features={num_features}, num_experts={num_experts}, gate={self.gate}, covariance={self.covariance}"
         return text + (f", num_models={models[0]}" if models else "")
 
     def log_weights(self, x: Float[Tensor, "samples features"]) -> Float[Tensor, "*models samples experts"]:
@@ -341,7 +362,7 @@ class GaussianMixtureOfExperts(nn.Module):
         """
         expert = self.sample_experts(x, generator)
         mean = self.means(x).gather(-1, expert.unsqueeze(-1)).squeeze(-1)
-        deviation = torch.exp(0.5 * self.log_variance).gather(-1, expert)
+        deviation = torch.exp(0.5 * self.log_variances).gather(-1, expert)
         return mean + deviation * _drawn(torch.randn, mean, generator)
 
     def _products(self, x: Tensor, slopes: Tensor) -> Tensor:
@@ -349,6 +370,12 @@ class GaussianMixtureOfExperts(nn.Module):
             raise ValueError(f"inputs are [samples, {slopes.shape[-1]}], got shape {list(x.shape)}")
         with without_autocast(x.device):
             return x.to(slopes.dtype) @ slopes.mT
+
+
+def check_covariance(covariance: str) -> None:
+    """Raise ``ValueError`` for an unknown covariance."""
+    if covariance not in get_args(Covariance):
+        raise ValueError(f"covariance must be 'per-expert' or 'tied', got {covariance!r}")
 
 
 def _drawn(draw: Any, like: Tensor, generator: torch.Generator | None) -> Tensor:

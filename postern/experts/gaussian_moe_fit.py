@@ -4,7 +4,7 @@ Papers: arXiv 2309.13850 and 2401.13875, whose estimator is the maximum of the l
 for the experts and, as the gate has none, a damped Newton step for the gate:
 
     r_i(x, y) = w_i(x) f_i(y|x) / p(y|x)
-    (a_i, b_i) = least squares with weights r_i;  sigma_i = sum r_i e_i^2 / sum r_i
+    (a_i, b_i) = least squares with weights r_i;  sigma_i = sum r_i e_i^2 / sum r_i, also over i if it is tied
     gate <- gate + (F + damping diag F)^-1 g,  g and F: gradient and Fisher information of sum_n sum_i r_i log w_i
 
 A step is taken only if the likelihood of the samples does not fall, else damped more, and in the end taken for the
@@ -25,7 +25,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from postern.experts._likelihood import Coordinates, Likelihood, Statistics
-from postern.experts.gaussian_moe import MixtureParameters, SoftmaxGate
+from postern.experts.gaussian_moe import Covariance, MixtureParameters, SoftmaxGate, check_covariance
 
 Solver = Literal["em", "lbfgs"]
 
@@ -69,6 +69,7 @@ def fit_mixture(
     *,
     solver: Solver = "em",
     learns_temperature: bool = False,
+    covariance: Covariance = "per-expert",
     max_iter: int = 2000,
     tol: float = 1e-6,
     gate_penalty: float = 0.0,
@@ -90,6 +91,9 @@ def fit_mixture(
         solver: "em": the starts advance together and drop out as they converge. "lbfgs": one after the other by
             SciPy's L-BFGS-B on exact gradients; needs fewer passes where EM creeps, as with spare experts.
         learns_temperature: whether ``log tau`` is free, in the range ``TEMPERATURES``.
+        covariance: "per-expert", or "tied" for one variance of all experts; starts of different ones begin at their
+            geometric mean. It keeps an expert from shrinking onto a few samples, where nothing but ``min_variance``
+            bounds the likelihood.
         max_iter: largest number of iterations of a start.
         tol: a start has converged when an iteration gains less in the mean log-likelihood.
         gate_penalty: ``lambda`` of ``lambda / 2`` times the sum of squares of the gate's free coordinates, taken from
@@ -99,8 +103,8 @@ def fit_mixture(
         on_step: called with the iteration and the mean log-likelihoods of all starts, in EM.
 
     Raises:
-        ValueError: samples that do not fit each other or the start, that are not finite or none; an unknown solver, or
-            a setting out of range.
+        ValueError: samples that do not fit each other or the start, that are not finite or none; an unknown solver or
+            covariance, or a setting out of range.
     """
     _check(x, y, start, gate, solver, max_iter=max_iter, tol=tol, gate_penalty=gate_penalty, min_variance=min_variance)
     if chunk_size is not None and chunk_size < 1:
@@ -109,7 +113,8 @@ def fit_mixture(
     held = start.to(device=x.device, dtype=torch.float64)
     if is_one:
         held = held[None]
-    coordinates = Coordinates(start.num_experts, start.num_features, learns_temperature)
+    check_covariance(covariance)
+    coordinates = Coordinates(start.num_experts, start.num_features, learns_temperature, covariance == "tied")
     likelihood = Likelihood(x.double(), y.double(), gate, coordinates, held, chunk_size)
     problem = _Problem(likelihood, coordinates, gate_penalty, min_variance)
     flat = problem.bounded(coordinates.flatten(held))
@@ -160,7 +165,7 @@ class _Problem:
         """(low, high) of each coordinate."""
         free = self.coordinates.num_gate + self.coordinates.num_expert
         limits: list[tuple[float | None, float | None]] = [(None, None)] * free
-        limits += [(float(np.log(self.min_variance)), None)] * self.coordinates.num_experts
+        limits += [(float(np.log(self.min_variance)), None)] * self.coordinates.num_variances
         if self.coordinates.learns_temperature:
             limits.append((float(np.log(TEMPERATURES[0])), float(np.log(TEMPERATURES[1]))))
         return limits
@@ -196,11 +201,14 @@ class _Problem:
         correction = torch.linalg.solve(statistics.gram + ridge * identity, statistics.moment)
         explained = 2 * (correction * statistics.moment).sum(dim=-1)
         explained = explained - (correction * (statistics.gram @ correction.unsqueeze(-1)).squeeze(-1)).sum(dim=-1)
-        variance = (statistics.square - explained) / mass
+        left = statistics.square - explained
         # an expert without samples stays as it is
         has_samples = mass > 1e-12
         expert = torch.where(has_samples.unsqueeze(-1), expert + correction, expert)
-        log_variance = torch.where(has_samples, variance.clamp_min(self.min_variance).log(), log_variance)
+        if coordinates.shares_variance:
+            log_variance = (left.sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)).clamp_min(self.min_variance).log()
+        else:
+            log_variance = torch.where(has_samples, (left / mass).clamp_min(self.min_variance).log(), log_variance)
 
         values = self.gate(flat)
         gradient = statistics.gate_gradient - self.gate_penalty * values
@@ -272,7 +280,7 @@ def _lbfgs(problem: _Problem, flat: Tensor, max_iter: int, tol: float) -> _Found
     is_gate = problem.gate_penalty * torch.cat(
         [
             flat.new_ones(coordinates.num_gate),
-            flat.new_zeros(coordinates.num_expert + coordinates.num_experts),
+            flat.new_zeros(coordinates.num_expert + coordinates.num_variances),
             flat.new_ones(int(coordinates.learns_temperature)),
         ]
     )

@@ -20,7 +20,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from postern.experts.gate_activation import Activation
-from postern.experts.gaussian_moe import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
+from postern.experts.gaussian_moe import Covariance, GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
 from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
 from postern.experts.topk_softmax import SelectOn
 
@@ -44,6 +44,8 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
         select_on: "score" or "score+bias"; see `SoftmaxGate`.
         activation: ``phi``, a name in ``ACTIVATIONS`` or an elementwise function; the identity if None.
         temperature: ``tau``, a positive number or "learned". With linear scores a learnt one means nothing.
+        covariance: "per-expert": each expert has a variance; "tied": all have the same. Outputs are numbers, for which
+            full, diagonal and spherical covariances are one and the same.
         solver: "em" or "lbfgs"; see `fit_mixture`.
         init: "kmeans": clusters of inputs and residuals, by k-means++; or parameters to start from, in the data's
             units, with a leading axis for several starts.
@@ -84,6 +86,7 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
         select_on: SelectOn = "score",
         activation: str | Activation | None = None,
         temperature: float | Literal["learned"] = 1.0,
+        covariance: Covariance = "per-expert",
         solver: Solver = "em",
         init: Literal["kmeans"] | MixtureParameters = "kmeans",
         n_init: int = 1,
@@ -101,6 +104,7 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
         self.select_on = select_on
         self.activation = activation
         self.temperature = temperature
+        self.covariance = covariance
         self.solver = solver
         self.init = init
         self.n_init = n_init
@@ -221,6 +225,7 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
             self._gate,
             solver=self.solver,
             learns_temperature=self.temperature == "learned",
+            covariance=self.covariance,
             max_iter=self.max_iter,
             tol=self.tol,
             gate_penalty=self.gate_penalty,
@@ -251,7 +256,8 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
     def _keep(self, fit: MixtureFit, scales: tuple[Tensor, float, float]) -> None:
         x_scale, y_mean, y_scale = scales
         mixture = _scaled(fit.parameters.to("cpu"), 1 / x_scale, -y_mean / y_scale, 1 / y_scale)
-        self.model_ = GaussianMixtureOfExperts.from_parameters(mixture, self._gate).requires_grad_(False)
+        model = GaussianMixtureOfExperts.from_parameters(mixture, self._gate, covariance=self.covariance)
+        self.model_ = model.requires_grad_(False)
         self.coef_, self.intercept_ = mixture.coef.numpy(), mixture.intercept.numpy()
         self.scale_ = mixture.variance.sqrt().numpy()
         self.gate_coef_, self.gate_intercept_ = mixture.gate_coef.numpy(), mixture.gate_intercept.numpy()

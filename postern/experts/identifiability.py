@@ -29,8 +29,8 @@ def fisher_information(
     """``1/n sum g g^T`` with ``g = grad log p(y|x)``: the Fisher information where ``y`` comes from the model itself.
 
     Coordinates are, in this order, slope and bias of the gate for each expert but the last (whose row is held), slope
-    and intercept of each expert, logarithms of the variances and, if the model learns it, of the temperature;
-    `identifiability_report` names them. Memory is that of a chunk of gradients.
+    and intercept of each expert, logarithms of the variances (one if tied) and, if the model learns it, of the
+    temperature; `identifiability_report` names them. Memory is that of a chunk of gradients.
 
     Args:
         model: one model.
@@ -176,7 +176,9 @@ def _coordinates_of(model: GaussianMixtureOfExperts) -> Coordinates:
     if model.coef.dim() != 2:
         raise ValueError(f"the information is that of one model, got {len(model.coef)}")
     num_experts, num_features = model.coef.shape
-    return Coordinates(num_experts, num_features, model.log_temperature.requires_grad)
+    return Coordinates(
+        num_experts, num_features, model.log_temperature.requires_grad, shares_variance=model.covariance == "tied"
+    )
 
 
 def _likelihood_of(

@@ -57,7 +57,7 @@ def hellinger_1d(
 def _log_density_table(model: GaussianMixtureOfExperts, x: Tensor, y: Tensor) -> Tensor:
     """``log p(y|x)`` of all pairs ``[.., x, y]``, expert by expert."""
     log_weights, means = model.log_weights(x), model.means(x)
-    log_variance = model.log_variance
+    log_variance = model.log_variances
     table = torch.full((*means.shape[:-1], len(y)), float("-inf"), dtype=means.dtype, device=means.device)
     for i in range(means.shape[-1]):
         log_v = log_variance[..., i, None, None]

@@ -86,6 +86,7 @@ PAPER = Paper(
         "were not available.",
         "The paper's simulations use EM. The claims use L-BFGS on the exact gradient, which ends at the same maximum "
         "in fewer passes over the samples; both are in fit_mixture.",
+        "Outputs are numbers, as in the paper, so that a covariance is a variance: one for each expert or one for all.",
         "The gate's step of EM is a damped Newton step. Inputs of a million samples are passed in chunks.",
         "The designs are our own, of one input, and the fits start near the truth, as is usual in such studies: that "
         "measures the statistical error, not the search for a good start. One more start is the truth itself, for all "

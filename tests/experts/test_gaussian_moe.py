@@ -48,6 +48,24 @@ def test_density_is_that_of_the_definition(gate):
     np.testing.assert_allclose(model(x, y).exp().detach(), reference_density(parameters, gate, x, y), rtol=1e-12)
 
 
+def test_a_tied_density_is_that_of_equal_covariances():
+    b1, b0, a, b, v, tau = drawn()
+    parameters, (x, y) = MixtureParameters(b1, b0, a, b, v[:1].expand(3), tau), samples()
+    model = GaussianMixtureOfExperts.from_parameters(parameters, SoftmaxGate(2), covariance="tied")
+    assert model.log_variance.shape == (1,)
+    weights = model.log_weights(x).exp().detach().numpy()
+    means = (x @ a.T + b).numpy()
+    expected = [
+        sum(w * stats.multivariate_normal([m], [[v[0].item()]]).pdf(value) for w, m in zip(row, mean, strict=True))
+        for row, mean, value in zip(weights, means, y.numpy(), strict=True)
+    ]
+    np.testing.assert_allclose(model(x, y).exp().detach(), expected, rtol=1e-12)
+    torch.testing.assert_close(model.mixture.variance, parameters.variance)
+    plain = GaussianMixtureOfExperts.from_parameters(parameters, SoftmaxGate(2))
+    drawn_values = [each.sample(x, torch.Generator().manual_seed(0)) for each in (model, plain)]
+    torch.testing.assert_close(*drawn_values)
+
+
 def test_several_models_are_each_of_them():
     parameters, (x, y) = drawn(models=(4,)), samples()
     model = GaussianMixtureOfExperts.from_parameters(parameters, SoftmaxGate(2, "sigmoid"))
@@ -144,13 +162,20 @@ def test_the_temperature_is_trained_only_if_asked():
     assert model.log_temperature.item() == pytest.approx(math.log(0.5))
 
 
-@pytest.mark.parametrize("num_models", [None, 2])
-def test_it_survives_what_modules_must(num_models):
+@pytest.mark.parametrize(("num_models", "covariance"), [(None, "per-expert"), (2, "tied")])
+def test_it_survives_what_modules_must(num_models, covariance):
     x, y = samples()
 
     def build():
         return GaussianMixtureOfExperts(
-            2, 4, 2, activation="tanh", learns_temperature=True, num_models=num_models, temperature=0.7
+            2,
+            4,
+            2,
+            activation="tanh",
+            learns_temperature=True,
+            num_models=num_models,
+            covariance=covariance,
+            temperature=0.7,
         )
 
     check_module(build, x, y)
@@ -184,6 +209,10 @@ def test_bad_arguments_are_told():
         GaussianMixtureOfExperts(2, 3, 4)
     with pytest.raises(ValueError, match="top_k=0"):
         SoftmaxGate(0)
+    with pytest.raises(ValueError, match="covariance must be 'per-expert' or 'tied', got 'diag'"):
+        GaussianMixtureOfExperts(2, 3, covariance="diag")
+    with pytest.raises(ValueError, match="of a tied covariance have one variance"):
+        GaussianMixtureOfExperts.from_parameters(drawn(), covariance="tied")
     with pytest.raises(ValueError, match="activation must be"):
         SoftmaxGate(activation="rleu")
     with pytest.raises(ValueError, match="each variance is positive"):

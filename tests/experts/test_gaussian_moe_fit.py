@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from sklearn.mixture import GaussianMixture
 
 from postern.experts import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate, fit_mixture
 from postern.experts._likelihood import Coordinates, Likelihood
@@ -57,6 +59,43 @@ def test_value_and_gradient_are_those_of_autograd(gate, learns):
     for i in (0, 150):
         one = GaussianMixtureOfExperts.from_parameters(parameters[1], gate, learns_temperature=learns)
         torch.testing.assert_close(scores[i], autograd_scores(one, x[i : i + 1], y[i : i + 1], coordinates))
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_the_gradient_of_a_tied_variance_is_that_of_autograd(gate):
+    b1, b0, a, b, v, tau = drawn(4, 2, (3,))
+    parameters, (x, y) = MixtureParameters(b1, b0, a, b, v[:, :1].expand_as(v), tau), samples(200)
+    coordinates = Coordinates(4, 2, True, shares_variance=True)
+    flat = coordinates.flatten(parameters)
+    assert flat.shape == (3, len(coordinates)) == (3, 9 + 12 + 1 + 1)
+    assert coordinates.names[-2:] == ("log_variance", "log_temperature")
+    likelihood = Likelihood(x, y, gate, coordinates, parameters, chunk_size=61)
+    model = GaussianMixtureOfExperts.from_parameters(parameters, gate, learns_temperature=True, covariance="tied")
+    value, gradient = likelihood.value_and_gradient(flat)
+    torch.testing.assert_close(value, model(x, y).mean(-1).detach())
+    torch.testing.assert_close(gradient, autograd_scores(model, x, y, coordinates))
+    scores = torch.cat(list(likelihood.take(torch.tensor([1])).per_sample_scores(flat[1])))
+    torch.testing.assert_close(scores.mean(0), gradient[1])
+
+
+@pytest.mark.parametrize("solver", ["em", "lbfgs"])
+@pytest.mark.parametrize(("covariance", "peer"), [("per-expert", "full"), ("tied", "tied")])
+def test_without_inputs_it_is_the_mixture_of_scikit_learn(solver, covariance, peer):
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(-2, 0.5, 300), rng.normal(1, 1.0, 500), rng.normal(4, 0.7, 200)])
+    means = np.array([-2.0, 1.0, 4.0])
+    mixture = GaussianMixture(3, covariance_type=peer, tol=1e-10, max_iter=5000, means_init=means[:, None], reg_covar=0)
+    mixture.fit(values[:, None])
+    x, y = torch.zeros(1000, 1, dtype=torch.float64), torch.from_numpy(values)
+    zeros = np.zeros((3, 1))
+    start = MixtureParameters(zeros, np.zeros(3), zeros, means, [0.3, 1.0, 0.5])
+    fit = fit_mixture(x, y, start, solver=solver, covariance=covariance, tol=1e-12, max_iter=5000)
+    assert fit.log_likelihood.item() == pytest.approx(mixture.score(values[:, None]), abs=1e-6)
+    found = fit.parameters
+    np.testing.assert_allclose(found.intercept, mixture.means_[:, 0], atol=2e-3)
+    np.testing.assert_allclose(found.gate_intercept.softmax(-1), mixture.weights_, atol=2e-3)
+    np.testing.assert_allclose(found.variance, np.broadcast_to(mixture.covariances_.ravel(), 3), rtol=5e-3)
+    assert (len(set(found.variance.tolist())) == 1) == (covariance == "tied")
 
 
 @pytest.mark.parametrize("select_on", ["score", "score+bias"])
@@ -203,6 +242,8 @@ def test_bad_arguments_are_told():
         fit_mixture(x[:0], y[:0], noisy())
     with pytest.raises(ValueError, match="solver must be one of em, lbfgs, got 'sgd'"):
         fit_mixture(x, y, noisy(), solver="sgd")
+    with pytest.raises(ValueError, match="covariance must be 'per-expert' or 'tied', got 'full'"):
+        fit_mixture(x, y, noisy(), covariance="full")
     with pytest.raises(ValueError, match="top_k=4"):
         fit_mixture(x, y, noisy(), SoftmaxGate(4))
     with pytest.raises(ValueError, match="min_variance is positive, got 0"):

@@ -23,6 +23,7 @@ def data(n=1500, seed=0):
     [
         GaussianMoERegressor(),
         GaussianMoERegressor(3, top_k=2, solver="lbfgs", activation="tanh", temperature="learned", max_iter=30),
+        GaussianMoERegressor(3, top_k=1, covariance="tied", max_iter=50),
     ],
 )
 def test_scikit_learn_accepts_it(estimator):
@@ -45,6 +46,17 @@ def test_experts_are_found_from_clusters(solver):
     np.testing.assert_allclose(found.gate(X).sum(1), 1)
     assert ((found.gate(X) > 0).sum(1) == 2).all()
     np.testing.assert_allclose(found.posterior(X, y).sum(1), 1)
+
+
+def test_tied_experts_share_the_scale_and_the_lower_likelihood():
+    X, y = data(1500)
+    settings = {"top_k": 2, "init": TRUTH, "tol": 1e-9}
+    plain, tied = (GaussianMoERegressor(3, covariance=name, **settings).fit(X, y) for name in ("per-expert", "tied"))
+    assert len(set(tied.scale_)) == 1
+    squares = np.square(y[:, None] - X @ tied.coef_.T - tied.intercept_)
+    assert tied.scale_[0] ** 2 == pytest.approx((tied.posterior(X, y) * squares).sum(1).mean(), rel=1e-3)
+    assert plain.lower_bound_ > tied.lower_bound_
+    assert tied.lower_bound_ == pytest.approx(tied.log_prob(X, y).mean())
 
 
 def test_units_do_not_matter():

@@ -62,6 +62,18 @@ def test_one_direction_is_lost_exactly_if_the_activation_is_homogeneous(activati
     np.testing.assert_allclose(found * np.sign(found[0]), expected, atol=1e-6)
 
 
+def test_a_tied_variance_is_one_coordinate():
+    b1, b0, a, b, v, tau = TRUTH
+    truth = MixtureParameters(b1, b0, a, b, v[:1].expand(2), tau)
+    model, x, y = sampled(n=300, truth=truth, learns=False)
+    tied = GaussianMixtureOfExperts.from_parameters(truth, model.gate, covariance="tied")
+    report = identifiability_report(tied, x, y)
+    assert report.names[-1] == "log_variance"
+    separate, pooled = fisher_information(model, x, y), fisher_information(tied, x, y)
+    torch.testing.assert_close(pooled[-1, -1], separate[-2:, -2:].sum())
+    torch.testing.assert_close(pooled[-1, :-1], separate[-2:, :-2].sum(0))
+
+
 def test_without_a_learnt_temperature_a_linear_gate_is_identified():
     model, x, y = sampled(learns=False)
     report = identifiability_report(model, x, y)
