@@ -31,7 +31,7 @@ from postern.experts.identifiability import (
 from postern.experts.mixture import Capacity, Dispatch, MixtureOfExperts, dispatch, evaluate_densely
 from postern.experts.propagation import propagate, propagate_with_sdpa, related_tokens, sharpest_head
 from postern.experts.random_router import RandomRouter
-from postern.experts.rates import Rate, fit_rate, hellinger_1d, theorem_exponents
+from postern.experts.rates import GateKind, Rate, fit_rate, hellinger_1d, theorem_exponents
 from postern.experts.routing import (
     Router,
     Routing,
@@ -69,6 +69,7 @@ __all__ = [
     "Dispatch",
     "Experts",
     "FeedForwardExperts",
+    "GateKind",
     "GateScore",
     "GaussianMixtureOfExperts",
     "GaussianMoERegressor",

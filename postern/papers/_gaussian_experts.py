@@ -12,6 +12,7 @@ from torch import Tensor
 
 from postern.claims import Run
 from postern.experts import (
+    GateKind,
     GaussianMixtureOfExperts,
     MixtureFit,
     MixtureParameters,
@@ -20,6 +21,7 @@ from postern.experts import (
     fit_mixture,
     fit_rate,
     hellinger_1d,
+    theorem_exponents,
 )
 
 # The gain in the mean log-likelihood at which a fit ends. Where experts share a true one the likelihood is so flat that
@@ -30,6 +32,8 @@ TOLERANCE = 1e-13
 OTHER_MAXIMUM = 1e-9
 # Copies of a true expert that are exactly equal move as one. Those of a start at the truth are this far apart.
 SPLIT_OF_TRUTH = 0.01
+
+BLOCKS = ("gate_coef", "coef", "intercept", "variance")
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,12 @@ class Fits:
         return {"truth_start_share": len(won) / len(self.gains), "missed_likelihood": max(won, default=0.0)}
 
 
+def exponents_by_block(num_copies: int = 2, gate: GateKind = "linear", suffix: str = "") -> dict[str, float]:
+    """The theorems' exponents for the errors that `Errors.add_by_block` adds."""
+    kinds = {"copies": theorem_exponents(num_copies, gate), "single": theorem_exponents(1)}
+    return {f"{kind}_{name}{suffix}": exponent for kind, found in kinds.items() for name, exponent in found.items()}
+
+
 class Errors:
     """Errors of all replicates at all sample sizes, by name."""
 
@@ -176,6 +186,29 @@ class Errors:
     def add(self, name: str, size: int, value: float) -> None:
         """Add one replicate. What is not told from zero counts as the spacing of floating-point numbers."""
         self.found.setdefault(name, {}).setdefault(size, []).append(max(value, float(np.finfo(np.float64).eps)))
+
+    def add_by_block(
+        self, size: int, fitted: MixtureParameters, truth: MixtureParameters, copies: Sequence[int], suffix: str = ""
+    ) -> None:
+        """Add the mean distance of copies to the expert that they start at, and that of the experts fitted once.
+
+        The gate's slope of the true reference is zero by convention and says nothing where it is fitted once.
+
+        Args:
+            size: of the data set.
+            fitted: one mixture.
+            truth: the true one.
+            copies: for each fitted expert the true one that it starts at.
+            suffix: of the errors' names.
+        """
+        index = torch.tensor(copies)
+        is_copy = torch.bincount(index)[index] > 1
+        for name in BLOCKS:
+            distance = (getattr(fitted, name) - getattr(truth, name)[index]).reshape(len(index), -1).norm(dim=-1)
+            self.add(f"copies_{name}{suffix}", size, float(distance[is_copy].mean()))
+            is_told = ~is_copy & (index < truth.num_experts - 1) if name == "gate_coef" else ~is_copy
+            if is_told.any():
+                self.add(f"single_{name}{suffix}", size, float(distance[is_told].mean()))
 
     def medians(self, name: str) -> dict[int, float]:
         """Median over the replicates, by sample size."""

@@ -17,15 +17,16 @@ from postern.experts import (
     MixtureParameters,
     SoftmaxGate,
     align_gate_translation,
-    theorem_exponents,
     voronoi_loss,
 )
 from postern.papers._gaussian_experts import (
+    BLOCKS,
     SPLIT_OF_TRUTH,
     Errors,
     Fits,
     World,
     drawn_world,
+    exponents_by_block,
     fit_to_the_end,
     replicates,
 )
@@ -132,8 +133,6 @@ THREE_EXPERTS = World(
 TWO_EXPERTS = World(
     MixtureParameters([[2.0], [0.0]], [0.3, 0.0], [[1.0], [-1.0]], [1.5, -1.5], [0.25, 0.36]), SoftmaxGate(2)
 )
-
-BLOCKS = ("gate_coef", "coef", "intercept", "variance")
 
 
 @dataclass(frozen=True)
@@ -264,9 +263,9 @@ def copies_converge_slowly(config: Study, run: Run) -> Metrics:
         near, truth = _starts(config, world, (0, 0, 1), generator)
         fit = fits.best(x, y, near, truth, SoftmaxGate(3))
         fitted = align_gate_translation(fit.parameters.to("cpu"), world.truth)
-        _add_by_block(errors, size, fitted, world.truth, (0, 0, 1))
+        errors.add_by_block(size, fitted, world.truth, (0, 0, 1))
         errors.add("loss", size, float(voronoi_loss(fitted, world.truth, 2, "over")))
-    _show(run, errors, _exponents_by_block() | {"loss": -0.5})
+    _show(run, errors, exponents_by_block() | {"loss": -0.5})
     return errors.slopes() | errors.last() | fits.metrics()
 
 
@@ -299,8 +298,8 @@ def copies_converge_slowly_across_regions(config: Study, run: Run) -> Metrics:
         found = fits.best(x, y, near, truth, raised).parameters
         errors.add("hellinger", size, world.hellinger(found, raised))
         errors.add("same_k", size, world.hellinger(fit_to_the_end(x, y, near, same).parameters, same))
-        _add_by_block(errors, size, align_gate_translation(found.to("cpu"), world.truth), world.truth, copies)
-    _show(run, errors, _exponents_by_block() | {"hellinger": -0.5})
+        errors.add_by_block(size, align_gate_translation(found.to("cpu"), world.truth), world.truth, copies)
+    _show(run, errors, exponents_by_block() | {"hellinger": -0.5})
     return errors.slopes() | errors.last() | fits.metrics()
 
 
@@ -360,28 +359,6 @@ def _exact_errors(config: Study, run: Run, world: World, errors: Errors, fits: F
         errors.add(name.format("hellinger"), size, world.hellinger(fitted, world.gate))
         aligned = align_gate_translation(fitted, world.truth)
         errors.add(name.format("parameters"), size, float(voronoi_loss(aligned, world.truth, kept)))
-
-
-def _add_by_block(
-    errors: Errors, size: int, fitted: MixtureParameters, truth: MixtureParameters, copies: tuple[int, ...]
-) -> None:
-    """Add the mean distance of copies to the expert that they start at, and that of the experts fitted once.
-
-    The gate's slope of the true reference is zero by convention and says nothing where it is fitted once.
-    """
-    index = torch.tensor(copies)
-    is_copy = torch.bincount(index)[index] > 1
-    for name in BLOCKS:
-        distance = (getattr(fitted, name) - getattr(truth, name)[index]).reshape(len(index), -1).norm(dim=-1)
-        errors.add(f"copies_{name}", size, float(distance[is_copy].mean()))
-        is_told = ~is_copy & (index < truth.num_experts - 1) if name == "gate_coef" else ~is_copy
-        if is_told.any():
-            errors.add(f"single_{name}", size, float(distance[is_told].mean()))
-
-
-def _exponents_by_block() -> dict[str, float | str]:
-    exponents: dict[str, float | str] = {f"copies_{name}": value for name, value in theorem_exponents(2).items()}
-    return exponents | {f"single_{name}": value for name, value in theorem_exponents(1).items()}
 
 
 def _show(run: Run, errors: Errors, exponents: Mapping[str, float | str], label: str = "median error") -> None:

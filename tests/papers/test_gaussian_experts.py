@@ -97,7 +97,7 @@ def test_blocks_tell_copies_from_single_experts_and_leave_out_the_reference():
         value[:2] += shift
         value[2] += 3 * shift
     errors = Errors((100,))
-    topk_gating_gmoe._add_by_block(errors, 100, moved, truth, (0, 1, 2, 2))
+    errors.add_by_block(100, moved, truth, (0, 1, 2, 2))
     found = errors.last()
     for name, shift in zip(topk_gating_gmoe.BLOCKS, (0.1, 0.2, 0.3, 0.4), strict=True):
         assert found[f"single_{name}_last"] == pytest.approx(shift)
@@ -105,7 +105,7 @@ def test_blocks_tell_copies_from_single_experts_and_leave_out_the_reference():
     errors = Errors((100,))
     world = WORLDS["two"]
     start = world.starts((0, 0, 1), 1, 0.1, 0.3, generator())[0]
-    topk_gating_gmoe._add_by_block(errors, 100, start, world.truth, (0, 0, 1))
+    errors.add_by_block(100, start, world.truth, (0, 0, 1))
     assert "single_gate_coef" not in errors.found
     assert "single_coef" in errors.found
 
