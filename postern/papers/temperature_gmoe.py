@@ -484,7 +484,11 @@ def copies_converge_slowly_behind_tanh(config: Study, run: Run) -> Metrics:
         "Spread is the standard deviation of the logarithm of the temperature over trainings that differ in their "
         "start and in the order of images. Beside it: accuracy, and the cosine of gate rows of two trainings after the "
         "best matching of experts, from which for linear scores, whose gate is blind to it, the mean row is taken. "
-        "Temperatures start at 1; two more arms start them anywhere between a third and three."
+        "Temperatures start at 1; two more arms start them anywhere between a third and three. At small scale the "
+        "spread from one start is a few hundredths with either gate, too little to tell them apart. Started anywhere, "
+        "learnt temperatures mostly stay where they began: their spread is 0.34 to 0.61 with linear scores, and 13 to "
+        "18 % less than that with tanh, with each seed. Rows of two trainings have cosines of 0.26 to 0.33 with any "
+        "learnt gate. Accuracies are level but for the schedule, a point behind."
     ),
 )
 def tanh_steadies_learnt_temperatures(config: Layers, run: Run) -> Metrics:
