@@ -135,9 +135,10 @@ def im_loss(
 class JEIDNNTrainer:
     """Trains the exits of a model with a frozen backbone, and the gates before them, on cached features.
 
-    First `warm_up` trains the classifiers alone, then `fit` trains gates and classifiers by turns. Both use stochastic
-    gradient descent with momentum, whose rate falls from its start to a fiftieth along a cosine. The trained gates are
-    ``policy``.
+    First `warm_up` trains the classifiers alone, then `fit` trains gates and classifiers by turns, both by stochastic
+    gradient descent with momentum. In `warm_up` the rate stays at ``head_lr``. In each call of `fit` the rates of gates
+    and classifiers fall together, batch by batch, from ``gate_lr`` and ``head_lr`` to a fiftieth of them along half a
+    period of a cosine. The trained gates are ``policy``.
 
     Args:
         model: its classifiers are trained, in place.
@@ -147,8 +148,8 @@ class JEIDNNTrainer:
         ratio_grad: differentiate the ratio in `im_loss`, as the released code does.
         target: the loss by which gates are taught; see `exit_losses`.
         trains_heads: False to leave the classifiers as they are in their turns, which trains the gates alone, as often.
-        gate_lr: initial learning rate of the gates.
-        head_lr: initial learning rate of the classifiers.
+        gate_lr: learning rate of the gates at the start of `fit`.
+        head_lr: learning rate of the classifiers in `warm_up`, and at the start of `fit`.
         momentum: of both.
         weight_decay: of both.
         batch_size: samples in a batch.
@@ -192,7 +193,7 @@ class JEIDNNTrainer:
         self.policy = GateExit(model.num_exits).to(device)
 
     def warm_up(self, train: ExitFeatures, validation: ExitFeatures, epochs: int = 6, patience: int = 2) -> list[float]:
-        """Train the classifiers alone, the earlier ones with larger weights: ``sum_l (G + 1 - l) CE_l``, l from 1.
+        """Train the classifiers alone, the earlier ones with larger weights: ``sum_l (G + 2 - l) CE_l``, l from 1 to G.
 
         A classifier whose validation loss has not improved for ``patience`` epochs gets its best parameters back and
         is left alone; at the end all have their best.
@@ -217,7 +218,7 @@ class JEIDNNTrainer:
                 break
             for batch in self._batches(train):
                 losses = [
-                    (len(heads) - index) * F.cross_entropy(heads[index](batch.features[index]), batch.labels)
+                    (len(heads) + 1 - index) * F.cross_entropy(heads[index](batch.features[index]), batch.labels)
                     for index in open_heads
                 ]
                 _step(torch.stack(losses).sum(), [optimizers[index] for index in open_heads])

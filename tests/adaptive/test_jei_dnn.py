@@ -169,6 +169,19 @@ def test_warm_up_keeps_the_best():
     assert found == pytest.approx(best)
 
 
+def test_warm_up_weighs_the_earlier_heads_more():
+    """Of G = 2 exits the first one's loss counts 3 times, the last one's 2 times; seen in the first step of descent."""
+    train, _ = problem(200)
+    exits = model()
+    expected = []
+    for head, features, weight in zip(exits.heads, train.features, (3, 2), strict=True):
+        gradient = torch.autograd.grad(F.cross_entropy(head(features), train.labels), head.weight)[0]
+        expected.append(head.weight.detach() - 0.1 * weight * gradient)
+    trainer(exits, 0.1, batch_size=200, weight_decay=0.0).warm_up(train, train, epochs=1)
+    for head, weight in zip(exits.heads, expected, strict=True):
+        torch.testing.assert_close(head.weight.detach(), weight)
+
+
 def test_warm_up_stops_heads_that_wait():
     (train, _), (validation, _) = problem(200), problem(200, seed=1)
     exits = model()
