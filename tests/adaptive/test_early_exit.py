@@ -1,4 +1,5 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from postern.adaptive import (
     select_exits,
 )
 from postern.nets import ConvNet, ResidualMLP
-from tests.adaptive.networks import ThroughAll, conv_model, resnet_model, vector_model
+from tests.adaptive.networks import ThroughAll, apart, conv_model, resnet_model, vector_model
 from tests.modules import check_module
 
 
@@ -34,6 +35,25 @@ MODELS = [(vector_model, varied(6)), (conv_model, varied(2, 8, 8)), (resnet_mode
 def spread(logits):
     """A policy that stops a third of the samples at each of the first exits."""
     return MaxProbExit(calibrate_thresholds(logits, [0.3, 0.3] + [0.4 / (len(logits) - 2)] * (len(logits) - 2)))
+
+
+def balance(model, features):
+    """Shift the classifiers' biases so that not all samples are of one class."""
+    for head, each in zip(model.heads, features, strict=True):
+        head.bias.sub_(head(each).mean(0))
+
+
+def policy_of(kind, logits):
+    """A policy that stops some samples early and lets others go far."""
+    if kind == "threshold":
+        return spread(logits)
+    if kind == "patience":
+        return PatienceExit(1)
+    policy = GateExit(len(logits) - 1).to(logits[0].dtype)
+    for gate, each in zip(policy.gates, logits, strict=False):
+        gate.linear.weight.copy_(torch.tensor([[30.0, 0, 0, 0]]))
+        gate.linear.bias.fill_(-30 * each.softmax(1).amax(1).mean().item() - 1)
+    return policy
 
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS)
@@ -63,18 +83,9 @@ def test_exits_see_the_normalised_output_of_their_block():
 @torch.no_grad()
 def test_stopping_early_changes_no_answer(build, inputs, kind):
     model = build()
-    for head, features in zip(model.heads, model.features(inputs)[0], strict=True):
-        head.bias.sub_(head(features).mean(0))  # so that not all samples are of one class
+    balance(model, model.features(inputs)[0])
     logits = model(inputs)
-    if kind == "threshold":
-        policy = spread(logits)
-    elif kind == "patience":
-        policy = PatienceExit(1)
-    else:
-        policy = GateExit(model.num_exits)
-        for gate, each in zip(policy.gates, logits, strict=False):
-            gate.linear.weight.copy_(torch.tensor([[30.0, 0, 0, 0]]))
-            gate.linear.bias.fill_(-30 * each.softmax(1).amax(1).mean().item() - 1)
+    policy = policy_of(kind, logits)
     exits = replay_exits(policy, logits)
     assert len(exits.unique()) > 1
     for batch in (inputs, inputs[:1], inputs[5:6]):
@@ -157,13 +168,30 @@ def test_cached_features_give_the_same_logits():
     torch.testing.assert_close(some.features[1], cached.features[1][[3, 1]])
 
 
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers")
+@dataclass
+class Encoder:
+    """A Transformers network with exits, samples, and what a sample costs in it, in multiply-adds by hand."""
+
+    model: EarlyExitModel
+    inputs: dict[str, torch.Tensor]
+    layers: list[str]
+    depths: list[int]  # layers that a sample has run when it leaves at each exit, the final head last
+    stem: int
+    layer: int
+    head: int
+    final: int
+
+    def sample(self, index):
+        return {name: each[index : index + 1] for name, each in self.inputs.items()}
 
 
-@torch.no_grad()
-def test_vit(transformers):
+def layer_macs(tokens, width, hidden):
+    """Queries, keys, values and the output; scores and averages; the perceptron."""
+    return tokens * (4 * width**2 + 2 * tokens * width + 2 * width * hidden)
+
+
+def vit():
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=16,
@@ -175,28 +203,24 @@ def test_vit(transformers):
         num_labels=5,
         initializer_range=0.5,
     )
+    layers = [f"vit.layers.{layer}" for layer in range(4)]
     backbone = transformers.ViTForImageClassification(config)
-    exits = [f"vit.layers.{layer}" for layer in range(3)]
-    model = EarlyExitModel(backbone, exits, 5, widths=16, pool="first", norm="vit.layernorm").eval()
-    images = torch.randn(20, 3, 8, 8)
-    logits = model(images)
-    policy = spread(logits)
-    exits = replay_exits(policy, logits)
-    assert len(exits.unique()) == 4
-    found = model.forward_dynamic(images, policy=policy)
-    torch.testing.assert_close(found.exit_index, exits)
-    torch.testing.assert_close(found.logits, select_exits(logits, exits))
-    costs = exit_costs(model, images[:1])
-    assert count_macs(lambda: model.forward_dynamic(images, policy=policy)) == costs[exits].sum()
-    # equal layers: equal steps, but for the classifiers of 16 x 5
-    steps = costs.diff()
-    assert steps[0] == steps[1]
-    torch.testing.assert_close(backbone(images).logits, logits[-1])
+    model = EarlyExitModel(backbone, layers[:-1], 5, widths=16, pool="first", norm="vit.layernorm")
+    return Encoder(
+        apart(model.double()),
+        {"pixel_values": torch.randn(20, 3, 8, 8, dtype=torch.float64)},
+        layers,
+        depths=[1, 2, 3, 4],
+        stem=4 * 48 * 16,  # patches, of pixels and channels
+        layer=layer_macs(5, 16, 32),
+        head=16 * 5,
+        final=16 * 5,
+    )
 
 
-@torch.no_grad()
-def test_bert_with_padding(transformers):
-    """The mask is cut down with the batch, in the layers without an exit as well."""
+def bert():
+    """Sentences of several lengths in one batch; one layer has no exit."""
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30,
@@ -207,20 +231,88 @@ def test_bert_with_padding(transformers):
         num_labels=3,
         initializer_range=0.5,
     )
+    layers = [f"bert.encoder.layer.{layer}" for layer in range(5)]
     backbone = transformers.BertForSequenceClassification(config)
-    exits = ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.encoder.layer.3"]
-    model = EarlyExitModel(backbone, exits, 3, widths=16, pool="first").eval()
-    tokens = torch.randint(30, (20, 6))
-    mask = (torch.arange(6) < torch.arange(20)[:, None] % 5 + 2).long()
-    logits = model(tokens, attention_mask=mask)
-    unmasked = model(tokens)
-    assert not torch.allclose(logits[0], unmasked[0], atol=1e-3)
-    policy = spread(logits)
+    model = EarlyExitModel(backbone, [layers[0], layers[1], layers[3]], 3, widths=16, pool="first")
+    return Encoder(
+        apart(model.double()),
+        {
+            "input_ids": torch.randint(30, (20, 6)),
+            "attention_mask": (torch.arange(6) < torch.arange(20)[:, None] % 5 + 2).long(),
+        },
+        layers,
+        depths=[1, 2, 4, 5],
+        stem=0,
+        layer=layer_macs(6, 16, 32),
+        head=16 * 3,
+        final=16 * 16 + 16 * 3,  # the pooler and the classifier
+    )
+
+
+@pytest.fixture(params=[vit, bert])
+def encoder(request):
+    return request.param()
+
+
+@torch.no_grad()
+def test_the_final_head_of_an_encoder_is_the_encoder(encoder):
+    logits = encoder.model(**encoder.inputs)
+    torch.testing.assert_close(encoder.model.backbone(**encoder.inputs).logits, logits[-1])
+
+
+@torch.no_grad()
+def test_padding_counts_in_bert():
+    """Without its mask a padded sentence gets other logits at every exit, so that a wrong mask would be seen."""
+    encoder = bert()
+    masked = encoder.model(**encoder.inputs)
+    unmasked = encoder.model(input_ids=encoder.inputs["input_ids"])
+    for one, other in zip(masked, unmasked, strict=True):
+        assert ((one - other).abs().amax(1) > 1e-3).tolist() == [index % 5 + 2 < 6 for index in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["threshold", "patience", "gates"])
+@torch.no_grad()
+def test_encoders_answer_as_without_stopping_and_run_no_further_layer(encoder, kind):
+    model, inputs = encoder.model, encoder.inputs
+    balance(model, model.features(**inputs)[0])
+    logits = model(**inputs)
+    policy = policy_of(kind, logits)
     exits = replay_exits(policy, logits)
-    assert len(exits.unique()) == 4
-    found = model.forward_dynamic(tokens, attention_mask=mask, policy=policy)
-    torch.testing.assert_close(found.exit_index, exits)
-    torch.testing.assert_close(found.logits, select_exits(logits, exits), atol=1e-5, rtol=1e-4)
+    assert len(exits.unique()) >= 3
+    expected = select_exits(logits, exits)
+    gate = 4 if kind == "gates" else 0  # a linear layer over four statistics
+    costs = exit_costs(model, operations=gate, **encoder.sample(0))
+
+    rows = dict.fromkeys(encoder.layers, 0)
+
+    def count(name):
+        def hook(module, arguments):
+            rows[name] += len(arguments[0])
+
+        return hook
+
+    for name in encoder.layers:
+        model.backbone.get_submodule(name).register_forward_pre_hook(count(name))
+
+    def check(some, found, macs):
+        torch.testing.assert_close(found.exit_index, exits[some])
+        torch.testing.assert_close(found.logits, expected[some], rtol=1e-10, atol=1e-10)
+        depths = torch.tensor(encoder.depths)[exits[some]]
+        assert list(rows.values()) == [(depths > layer).sum().item() for layer in range(len(encoder.layers))]
+        passed = (exits[some] + 1).clamp_max(model.num_exits).sum().item()  # classifiers
+        finished = (exits[some] == model.num_exits).sum().item()
+        by_hand = len(depths) * encoder.stem + sum(rows.values()) * encoder.layer
+        assert macs == by_hand + passed * (encoder.head + gate) + finished * encoder.final
+        assert macs == costs[exits[some]].sum()
+
+    found = []
+    macs = count_macs(lambda: found.append(model.forward_dynamic(**inputs, policy=policy)))
+    check(slice(None), found.pop(), macs)
+    for index in range(20):
+        rows.update(dict.fromkeys(rows, 0))
+        sample = encoder.sample(index)
+        macs = count_macs(lambda sample=sample: found.append(model.forward_dynamic(**sample, policy=policy)))
+        check(slice(index, index + 1), found.pop(), macs)
 
 
 @pytest.mark.parametrize(
