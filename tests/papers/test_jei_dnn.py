@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from postern.adaptive import MaxProbExit, replay_exits
-from postern.papers.jei_dnn import Outcome, Point, accuracy_at, bracket, calibration_error_at, steep_gates
+from postern.adaptive import MaxProbExit, replay_exits, select_exits
+from postern.claims import Run
+from postern.papers.jei_dnn import (
+    THRESHOLDS,
+    Joint,
+    Outcome,
+    Point,
+    Spirals,
+    accuracy_at,
+    bracket,
+    calibration_error_at,
+    steep_gates,
+)
 
 
 def outcome(cost, right, samples=1000, confidence=0.5):
@@ -46,7 +57,9 @@ def test_answers_are_mixed_before_calibration_is_measured():
         outcome(0.6, 0.9), Outcome(torch.full((4000,), 0.6), torch.arange(4000) % 10 < 8, torch.full((4000,), 0.7))
     )
     rng = np.random.default_rng(0)
-    assert calibration_error_at([first, second], 0.4, rng) == pytest.approx(0.0, abs=0.02)
+    error, cost = calibration_error_at([first, second], 0.4, rng)
+    assert error == pytest.approx(0.0, abs=0.02)
+    assert cost == pytest.approx(0.4, abs=0.02)
     assert first.test.calibration_error == pytest.approx(0.1, abs=1e-6)
 
 
@@ -55,3 +68,23 @@ def test_steep_gates_agree_with_thresholds():
     thresholds = (0.5, 0.6, 0.7)
     gates = steep_gates(thresholds, torch.device("cpu"))
     assert torch.equal(replay_exits(gates, logits), replay_exits(MaxProbExit(thresholds), logits))
+
+
+def test_controls_use_the_heads_and_costs_that_they_name():
+    """Fixed exits cost what their exit does; the warmed-up threshold reads the heads as they are after the warm-up."""
+    joint = Joint((0.1,), phase_batches=2, epochs=1, warm_up_epochs=1)
+    study = Spirals(400, 200, 300, depth=3, epochs=2, joint=joint).study(Run(seed=3, scale="smoke"))
+    curves = study.thresholds()
+    assert [point.test.mean_cost for point in curves["fixed"][:3]] == pytest.approx(study.shares.tolist())
+    trained, _ = study.trained(0.1, ratio_grad=True)
+    with torch.no_grad():
+        before, after = (study.test.all_logits(model) for model in (study.model, trained))
+    labels = study.test.labels
+    for point, logits in zip(curves["fixed"][:3], after, strict=True):
+        assert point.test.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    policy = MaxProbExit(THRESHOLDS[3])
+    for name, logits in (("threshold", after), ("warmed_up", before)):
+        confidence, predicted = select_exits(logits, replay_exits(policy, logits)).softmax(1).max(1)
+        assert torch.equal(curves[name][3].test.confidence, confidence)
+        assert torch.equal(curves[name][3].test.correct, predicted == labels)
+    assert not torch.equal(curves["threshold"][3].test.confidence, curves["warmed_up"][3].test.confidence)
