@@ -72,6 +72,7 @@ def test_steep_gates_agree_with_thresholds():
 
 def test_controls_use_the_heads_and_costs_that_they_name():
     """Fixed exits cost what their exit does; the warmed-up threshold reads the heads as they are after the warm-up."""
+    torch.manual_seed(0)
     joint = Joint((0.1,), phase_batches=2, epochs=1, warm_up_epochs=1)
     study = Spirals(400, 200, 300, depth=3, epochs=2, joint=joint).study(Run(seed=3, scale="smoke"))
     curves = study.thresholds()
@@ -82,9 +83,11 @@ def test_controls_use_the_heads_and_costs_that_they_name():
     labels = study.test.labels
     for point, logits in zip(curves["fixed"][:3], after, strict=True):
         assert point.test.accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
-    policy = MaxProbExit(THRESHOLDS[3])
+    policy = MaxProbExit(THRESHOLDS[1])
+    # The weights that cancel leave rounding errors, so that classifiers trained twice are not the same to the last bit.
     for name, logits in (("threshold", after), ("warmed_up", before)):
         confidence, predicted = select_exits(logits, replay_exits(policy, logits)).softmax(1).max(1)
-        assert torch.equal(curves[name][3].test.confidence, confidence)
-        assert torch.equal(curves[name][3].test.correct, predicted == labels)
-    assert not torch.equal(curves["threshold"][3].test.confidence, curves["warmed_up"][3].test.confidence)
+        torch.testing.assert_close(curves[name][1].test.confidence, confidence, rtol=1e-4, atol=1e-4)
+        assert torch.equal(curves[name][1].test.correct, predicted == labels)
+    one, other = (curves[name][1].test.confidence for name in ("threshold", "warmed_up"))
+    assert (one - other).abs().max() > 0.01
