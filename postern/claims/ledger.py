@@ -9,7 +9,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,37 @@ def _entry(outcome: Outcome, judgement: Judgement, commit: str) -> dict[str, Any
     }
 
 
+def _is_of(document: Mapping[str, Any], claim: Claim) -> bool:
+    """Whether a document's numbers are of the claim as it is now: what it says, how it is judged, its settings."""
+    scale = document["scale"]
+    return (
+        document["statement"] == claim.statement
+        and document["criterion"] == claim.holds_when.describe()
+        and scale in claim.scales
+        and _agrees(document["configuration"], claim.scales[scale])
+    )
+
+
+def _agrees(written: Any, setting: Any) -> bool:
+    """Whether a setting is as it was written; what it had not yet then has to be at its default."""
+    if is_dataclass(setting) and not isinstance(setting, type):
+        own = {field.name: field for field in fields(setting)}
+        if not isinstance(written, Mapping) or not written.keys() <= own.keys():
+            return False
+        return all(
+            _agrees(written[name], getattr(setting, name))
+            if name in written
+            else getattr(setting, name) == field.default
+            for name, field in own.items()
+        )
+    if isinstance(setting, Mapping) and isinstance(written, Mapping):
+        named = {str(name): value for name, value in setting.items()}
+        return written.keys() == named.keys() and all(_agrees(written[name], value) for name, value in named.items())
+    if isinstance(setting, list | tuple) and isinstance(written, list):
+        return len(written) == len(setting) and all(map(_agrees, written, setting))
+    return bool(written == _plain(setting))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that numbers depend on."""
     found = {"python": platform.python_version()}
@@ -288,6 +319,8 @@ def _render_claim(document: Mapping[str, Any], claim: Claim | None) -> list[str]
         lines.append(f"  - {part['verdict']}: {part['criterion']} ({measured})")
     if claim is not None and claim.note:
         lines.append(f"- {claim.note}")
+    if claim is not None and not _is_of(document, claim):
+        lines.append("- To be measured again: since then the claim or its settings have changed; the note has the new.")
     lines.append(
         f"- `{document['scale']}`, seeds {document['seeds'][0]}-{document['seeds'][-1]}, {document['seconds']:.0f} s "
         f"on {document['processor']}, {document['date']}, commit {document['commit'][:10]}: "

@@ -4,19 +4,29 @@ import json
 import math
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from postern.claims import AllOf, AtLeast, AtMost, Claim, Measurement, Verdict, ledger
 from postern.claims.ledger import LedgerError, commit_of, publish, read_all, read_document, render, seeds_to_publish
 from postern.claims.outcome import Job, JobResult, Outcome, Status, conclude
-from tests.claims.papers import PAPER
+from tests.claims.papers import PAPER, Setting
 
 CLAIM = replace(PAPER.claims["behaves"], note="A note for readers.")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Settings within settings."""
+
+    numbers: tuple[int, ...]
+    named: dict[str, tuple[Setting, ...]]
+    later: float = 0.0
 
 
 def outcome(values: Sequence[float], first_seed: int = 1000, scale: str = "small", claim: Claim = CLAIM) -> Outcome:
@@ -174,6 +184,44 @@ class TestRender:
             document |= {"processor": "A Processor", "date": "2026-01-02"}
         text = render(documents, {claim.key: claim for claim in (CLAIM, parted, single)})
         assert text == RENDERED
+
+    @pytest.mark.parametrize(
+        ("changed", "is_stale"),
+        [
+            ({"note": "Another note."}, False),
+            ({"scales": {**CLAIM.scales, "full": Setting(9.0)}}, False),
+            ({"statement": "Another."}, True),
+            ({"holds_when": AtLeast("value", -9.0)}, True),
+            ({"scales": {"smoke": Setting(), "small": Setting(0.7)}}, True),
+            ({"scales": {"smoke": Setting()}}, True),
+        ],
+    )
+    def test_tells_what_is_of_the_claim_as_it_is_now(
+        self, tmp_path: Path, changed: dict[str, Any], is_stale: bool
+    ) -> None:
+        publish(tmp_path, [outcome([1.0, 2.0])], COMMIT)
+        text = render(read_all(tmp_path), {CLAIM.key: replace(CLAIM, **changed)})
+        assert ("To be measured again" in text) == is_stale
+
+    @pytest.mark.parametrize(
+        ("now", "is_stale"),
+        [
+            (Nested((1, 2), {"a": (Setting(0.5),)}), False),
+            (Nested((1, 2), {"a": (Setting(0.5),)}, 3.0), True),  # was at its default
+            (Nested((1, 3), {"a": (Setting(0.5),)}), True),
+            (Nested((1,), {"a": (Setting(0.5),)}), True),
+            (Nested((1, 2), {"b": (Setting(0.5),)}), True),
+            (Nested((1, 2), {"a": (Setting(0.6),)}), True),
+            (Setting(0.5), True),
+        ],
+    )
+    def test_looks_for_settings_everywhere(self, tmp_path: Path, now: object, is_stale: bool) -> None:
+        before = replace(CLAIM, scales={"smoke": Setting(), "small": Nested((1, 2), {"a": (Setting(0.5),)})})
+        [path] = publish(tmp_path, [outcome([1.0, 2.0], claim=before)], COMMIT)
+        document = json.loads(path.read_text())
+        del document["configuration"]["later"]  # written before there was such a setting
+        text = render([document], {CLAIM.key: replace(before, scales={"smoke": Setting(), "small": now})})
+        assert ("To be measured again" in text) == is_stale
 
     def test_of_nothing_is_a_page_too(self, tmp_path: Path) -> None:
         text = render(read_all(tmp_path), {})
