@@ -81,7 +81,9 @@ class World:
 
         truth = self.truth
         slopes = near(truth.gate_coef[index], scale[:, None])
-        biases = near(truth.gate_intercept[index] - truth.temperature * shared.log(), scale)
+        # what all experts share of the bias is free: the reference keeps its own, whatever its share of a mass
+        share = truth.temperature * (shared[-1] / shared).log()
+        biases = near(truth.gate_intercept[index] + share, scale)
         slopes[:, -1], biases[:, -1] = truth.gate_coef[-1], truth.gate_intercept[-1]
         return MixtureParameters(
             slopes,

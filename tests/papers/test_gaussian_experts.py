@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -39,7 +41,28 @@ def test_starts_without_noise_are_the_truth(world):
     assert world.hellinger(start, world.gate) == 0
 
 
-def test_copies_share_the_mass_so_that_a_raised_k_has_the_true_density_and_the_same_k_has_not():
+@pytest.mark.parametrize(
+    ("name", "copies", "kept"),
+    [
+        ("two", (0, 0, 1), 3),
+        ("two", (0, 1, 1), 3),
+        ("three", (0, 1, 2, 2), 3),
+        ("three", (0, 1, 2, 2, 2), 4),
+        ("tempered", (0, 0, 1), None),
+        ("tempered", (0, 0, 1, 1, 1), None),
+    ],
+)
+def test_copies_share_the_mass_so_that_the_density_is_the_true_one(name, copies, kept):
+    world = WORLDS[name]
+    x, y = world.samples(2000, generator(), torch.device("cpu"))
+    start = world.starts(copies, 1, 0.0, 0.0, generator())[0]
+    assert start.gate_coef[-1] == 0
+    assert start.gate_intercept[-1] == 0
+    model = GaussianMixtureOfExperts.from_parameters(start, replace(world.gate, top_k=kept))
+    torch.testing.assert_close(model.log_prob(x, y), world.model().log_prob(x, y))
+
+
+def test_copies_with_the_same_k_have_another_density():
     world = WORLDS["two"]
     start = world.starts((0, 0, 1), 1, 0.0, 0.0, generator())[0]
     assert world.hellinger(start, SoftmaxGate(3)) == pytest.approx(0, abs=1e-8)
