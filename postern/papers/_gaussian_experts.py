@@ -27,8 +27,8 @@ from postern.experts import (
 # The gain in the mean log-likelihood at which a fit ends. Where experts share a true one the likelihood is so flat that
 # fits end between merged and separate copies, far from the maximum, if they end at gains of 1e-9.
 TOLERANCE = 1e-13
-# Between two fits, a gain in the mean log-likelihood above this is another maximum; below it the same climb has ended
-# a little earlier.
+# Between two fits, a gain in the mean log-likelihood above this is counted as another maximum; below it the same climb
+# has ended a little earlier.
 OTHER_MAXIMUM = 1e-9
 # Copies of a true expert that are exactly equal move as one. Those of a start at the truth are this far apart.
 SPLIT_OF_TRUTH = 0.01
@@ -164,7 +164,7 @@ class Fits:
         """The likelier of the fits from near the truth and from the truth."""
         found, from_truth = (fit_to_the_end(x, y, starts, gate) for starts in (near, at))
         self.gains.append(float(from_truth.log_likelihood - found.log_likelihood))
-        return from_truth if self.gains[-1] > OTHER_MAXIMUM else found
+        return from_truth if self.gains[-1] > 0 else found
 
     def metrics(self) -> dict[str, float]:
         """The share of fits whose likeliest end was found from the truth alone, and the most that this gained."""

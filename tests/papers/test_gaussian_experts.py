@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from postern.claims import Run
-from postern.experts import GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
-from postern.papers import temperature_gmoe, topk_gating_gmoe
+from postern.experts import GaussianMixtureOfExperts, MixtureFit, MixtureParameters, SoftmaxGate
+from postern.papers import _gaussian_experts, temperature_gmoe, topk_gating_gmoe
 from postern.papers._gaussian_experts import SPLIT_OF_TRUTH, Errors, Fits, World, drawn_world, replicates
 
 WORLDS = {
@@ -110,6 +110,22 @@ def test_the_start_at_the_truth_counts_where_it_ends_higher():
     assert fits.metrics()["truth_start_share"] == pytest.approx(1 / 3)
     likelihood = GaussianMixtureOfExperts.from_parameters(found.parameters, gate)(x, y).mean()
     torch.testing.assert_close(likelihood, found.log_likelihood)
+
+
+@pytest.mark.parametrize("gain", [-1e-10, 1e-10, 1e-8])
+def test_the_likelier_fit_counts_however_small_its_gain(monkeypatch, gain):
+    world = WORLDS["two"]
+    x, y = world.samples(100, generator(), torch.device("cpu"))
+    near, at = (world.starts((0, 1), 1, noise, 0.0, generator()) for noise in (0.1, 0.0))
+
+    def fit(x, y, starts, gate, **settings):
+        reached = torch.tensor(gain if starts is at else 0.0, dtype=torch.float64)
+        return MixtureFit(starts[0], reached, torch.tensor(1), torch.tensor(True))
+
+    monkeypatch.setattr(_gaussian_experts, "fit_to_the_end", fit)
+    fits = Fits()
+    assert float(fits.best(x, y, near, at, world.gate).log_likelihood) == max(gain, 0.0)
+    assert fits.metrics()["truth_start_share"] == (gain > 1e-9)
 
 
 def test_blocks_tell_copies_from_single_experts_and_leave_out_the_reference():
