@@ -30,7 +30,8 @@ TOLERANCE = 1e-13
 # Between two fits, a gain in the mean log-likelihood above this is counted as another maximum; below it the same climb
 # has ended a little earlier.
 OTHER_MAXIMUM = 1e-9
-# Copies of a true expert that are exactly equal move as one. Those of a start at the truth are this far apart.
+# Copies of a true expert that are exactly equal move as one. Those of a start at the truth have noise of this standard
+# deviation on each coordinate.
 SPLIT_OF_TRUTH = 0.01
 
 BLOCKS = ("gate_coef", "coef", "intercept", "variance")
@@ -166,10 +167,15 @@ class Fits:
         self.gains.append(float(from_truth.log_likelihood - found.log_likelihood))
         return from_truth if self.gains[-1] > 0 else found
 
-    def metrics(self) -> dict[str, float]:
-        """The share of fits whose likeliest end was found from the truth alone, and the most that this gained."""
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        """The share of fits whose likeliest end was found from the truth alone, and the most that this gained.
+
+        Args:
+            prefix: of the metrics' names.
+        """
         won = [gain for gain in self.gains if gain > OTHER_MAXIMUM]
-        return {"truth_start_share": len(won) / len(self.gains), "missed_likelihood": max(won, default=0.0)}
+        found = {"truth_start_share": len(won) / len(self.gains), "missed_likelihood": max(won, default=0.0)}
+        return {prefix + name: value for name, value in found.items()}
 
 
 def exponents_by_block(num_copies: int = 2, gate: GateKind = "linear", suffix: str = "") -> dict[str, float]:
