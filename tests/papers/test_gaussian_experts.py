@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from postern.claims import Run
+from postern.claims import Run, Within
 from postern.experts import GaussianMixtureOfExperts, MixtureFit, MixtureParameters, SoftmaxGate
 from postern.papers import _gaussian_experts, temperature_gmoe, topk_gating_gmoe
 from postern.papers._gaussian_experts import SPLIT_OF_TRUTH, Errors, Fits, World, drawn_world, replicates
@@ -178,3 +178,31 @@ def test_the_drawn_truth_keeps_its_reference_at_zero():
     assert (truth.gate_coef[-1] == 0).all()
     assert truth.gate_intercept[-1] == 0
     assert isinstance(WORLDS["drawn"].model(), GaussianMixtureOfExperts)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kind", "low", "high"),
+    [
+        ("exact-parametric-rate", "hellinger", "slope", -0.6, -0.4),
+        ("exact-parametric-rate", "parameters", "slope", -0.65, -0.35),
+        ("sparsity-costs-no-rate", "hellinger", "difference", -0.15, 0.15),
+        ("sparsity-costs-no-rate", "parameters", "difference", -0.15, 0.15),
+    ],
+)
+def test_several_mixtures_are_judged_by_both_extremes_and_one_by_itself(name, error, kind, low, high):
+    criterion = topk_gating_gmoe.PAPER.claims[name].holds_when
+    middle = (low + high) / 2
+
+    def seeds(values):
+        return [
+            dict.fromkeys(criterion.metrics(), middle) | topk_gating_gmoe._extremes(f"{error}_{kind}", each)
+            for each in values
+        ]
+
+    for shift in (-0.12, 0.0, 0.12):
+        for scale in (0.001, 0.1):
+            one = [middle + shift * (high - low) / 0.2 + scale * noise for noise in (-1.0, 0.0, 0.5, 1.0)]
+            within = Within("value", low, high).judge([{"value": value} for value in one])
+            assert criterion.judge(seeds([[value] for value in one])).verdict == within.verdict
+    apart = [[low - 0.01, high + 0.01, middle], [middle, low - 0.02, high + 0.02]]
+    assert criterion.judge(seeds(apart * 3)).verdict == "refuted"
