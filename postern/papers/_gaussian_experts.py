@@ -160,10 +160,19 @@ class Fits:
         self.gains: list[float] = []
 
     def best(
-        self, x: Tensor, y: Tensor, near: MixtureParameters, at: MixtureParameters, gate: SoftmaxGate
+        self,
+        x: Tensor,
+        y: Tensor,
+        near: MixtureParameters,
+        at: MixtureParameters,
+        gate: SoftmaxGate,
+        *,
+        learns_temperature: bool = False,
     ) -> MixtureFit:
         """The likelier of the fits from near the truth and from the truth."""
-        found, from_truth = (fit_to_the_end(x, y, starts, gate) for starts in (near, at))
+        found, from_truth = (
+            fit_to_the_end(x, y, starts, gate, learns_temperature=learns_temperature) for starts in (near, at)
+        )
         self.gains.append(float(from_truth.log_likelihood - found.log_likelihood))
         return from_truth if self.gains[-1] > 0 else found
 
