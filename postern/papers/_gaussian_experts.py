@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,10 @@ OTHER_MAXIMUM = 1e-9
 # Copies of a true expert that are exactly equal move as one. Those of a start at the truth have noise of this standard
 # deviation on each coordinate.
 SPLIT_OF_TRUTH = 0.01
+# The most outputs that a Hellinger distance is integrated over; narrow densities that reach far would want more.
+MOST_OUTPUTS = 8001
+# An expert that nowhere has more than this weight is left out of the choice of these outputs.
+LEAST_WEIGHT = 1e-9
 
 BLOCKS = ("gate_coef", "coef", "intercept", "variance")
 
@@ -96,19 +101,34 @@ class World:
         )
 
     def hellinger(self, fitted: MixtureParameters, gate: SoftmaxGate) -> float:
-        """Mean Hellinger distance between the fitted and the true density."""
+        """Mean Hellinger distance between the fitted and the true density.
+
+        Outputs to integrate over reach eight standard deviations beyond the means of both, in steps of an eighth of
+        the smallest standard deviation, as long as these are at most `MOST_OUTPUTS`, else in as many steps.
+        """
         d = self.truth.num_features
         if d == 1:  # midpoints, off the boundaries of a sparse gate
             x = torch.linspace(-1, 1, 201, dtype=torch.float64)[1::2, None]
         else:
             x = 2 * torch.rand(1000, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
         x = self.half_width * x
-        means, deviation = self.model().means(x), self.truth.variance.sqrt()
-        reach = means.abs().max().item() + 8 * deviation.max().item()
-        step = 0.125 * deviation.min().item()
-        y = torch.linspace(-reach, reach, 2 * int(reach / step) + 1, dtype=torch.float64)
-        model = GaussianMixtureOfExperts.from_parameters(fitted.to("cpu"), gate)
-        return float(hellinger_1d(model, self.model(), x, y))
+        models = (GaussianMixtureOfExperts.from_parameters(fitted.to("cpu"), gate), self.model())
+        return float(hellinger_1d(*models, x, _outputs(models, x)))
+
+
+@torch.no_grad()
+def _outputs(models: Sequence[GaussianMixtureOfExperts], x: Tensor) -> Tensor:
+    """Equally spaced outputs that cover the densities at all inputs, see `World.hellinger`."""
+    lows, highs, smallest = [], [], []
+    for model in models:
+        means, deviation = model.means(x), (0.5 * model.log_variances).exp()
+        has_weight = model.log_weights(x).exp() > LEAST_WEIGHT
+        lows.append((means - 8 * deviation)[has_weight].min())
+        highs.append((means + 8 * deviation)[has_weight].max())
+        smallest.append(deviation[has_weight.any(dim=0)].min())
+    low, high = min(lows).item(), max(highs).item()
+    count = min(MOST_OUTPUTS, 1 + math.ceil((high - low) / (0.125 * min(smallest).item())))
+    return torch.linspace(low, high, count, dtype=torch.float64)
 
 
 def drawn_world(num_experts: int, num_features: int, top_k: int | None) -> World:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,16 @@ import torch
 from postern.claims import Run, Within
 from postern.experts import GaussianMixtureOfExperts, MixtureFit, MixtureParameters, SoftmaxGate
 from postern.papers import _gaussian_experts, temperature_gmoe, topk_gating_gmoe
-from postern.papers._gaussian_experts import SPLIT_OF_TRUTH, Errors, Fits, World, drawn_world, replicates
+from postern.papers._gaussian_experts import (
+    MOST_OUTPUTS,
+    SPLIT_OF_TRUTH,
+    Errors,
+    Fits,
+    World,
+    _outputs,
+    drawn_world,
+    replicates,
+)
 
 WORLDS = {
     "three": topk_gating_gmoe.THREE_EXPERTS,
@@ -83,6 +93,30 @@ def test_the_distance_is_that_of_shifted_gaussians():
     shifted = MixtureParameters([[0.0]], [0.0], [[0.7]], [0.5], [0.25])
     expected = (1 - torch.exp(torch.tensor(-(0.3**2) / (8 * 0.25)))).sqrt().item()
     assert World(truth, SoftmaxGate()).hellinger(shifted, SoftmaxGate()) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("shift", "ratio"), [(30.0, 1.0), (0.0, 0.02), (2.0, 0.05), (-40.0, 20.0), (0.1, 30.0)])
+def test_the_distance_holds_far_from_the_truth_and_for_narrow_and_wide_fits(shift, ratio):
+    """``h^2 = 1 - sqrt(2 s t / (s^2 + t^2)) exp(-shift^2 / (4 (s^2 + t^2)))`` of deviations s and t."""
+    truth = MixtureParameters([[0.0]], [0.0], [[0.7]], [0.2], [0.25])
+    fitted = MixtureParameters([[0.0]], [0.0], [[0.7]], [0.2 + shift], [0.25 * ratio**2])
+    total = 0.25 * (1 + ratio**2)
+    expected = (1 - (2 * 0.25 * ratio / total) ** 0.5 * math.exp(-(shift**2) / (4 * total))) ** 0.5
+    assert World(truth, SoftmaxGate()).hellinger(fitted, SoftmaxGate()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_outputs_are_bounded_in_number_and_leave_out_experts_without_weight():
+    world, x = WORLDS["two"], torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+
+    def outputs(bias, intercept, variance):
+        fitted = MixtureParameters([[0.0], [0.0]], [bias, 0.0], [[0.0], [0.0]], [intercept, 0.0], [variance, 0.1])
+        return _outputs((GaussianMixtureOfExperts.from_parameters(fitted, SoftmaxGate()), world.model()), x)
+
+    assert outputs(-40.0, 1e6, 1e-6).abs().max() < 10
+    assert len(outputs(-40.0, 1e6, 1e-6)) < 1000
+    assert outputs(0.0, 1e6, 1e-6).max() > 1e6
+    assert len(outputs(0.0, 1e6, 1e-6)) == MOST_OUTPUTS
+    assert outputs(0.0, 0.0, 1e-4).diff().max() < 0.5 * 1e-2
 
 
 def test_the_temperature_of_a_start_is_noisy_too():
