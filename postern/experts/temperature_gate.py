@@ -112,7 +112,9 @@ class TemperatureGate(nn.Module):
                 scores = nn.functional.linear(tokens, weight)
             else:
                 # by matrix products it would lose the digits of short distances
-                scores = -torch.cdist(tokens, weight, compute_mode="donot_use_mm_for_euclid_dist")
+                rows = tokens.reshape(-1, self.width)
+                distances = torch.cdist(rows, weight, compute_mode="donot_use_mm_for_euclid_dist")
+                scores = -distances.reshape(*tokens.shape[:-1], self.num_experts)
             scores = self.activation(scores)
             return scores if self.bias is None else scores + self.bias.to(dtype)
 

@@ -394,6 +394,16 @@ def test_euclidean_scores_tell_the_temperature_and_linear_ones_do_not(score, los
 
 
 @pytest.mark.parametrize("score", ["linear", "euclidean"])
+def test_the_temperature_gate_takes_tokens_of_any_shape(score):
+    gate = TemperatureGate(3, 2, score=score)
+    tokens = torch.randn(2, 4, 5, 3)
+    expected = gate(tokens.flatten(0, 2))
+    torch.testing.assert_close(gate(tokens), expected.reshape(2, 4, 5, 2))
+    torch.testing.assert_close(gate(tokens[0, 0, 0]), expected[0])
+    assert gate(tokens[:0]).shape == (0, 4, 5, 2)
+
+
+@pytest.mark.parametrize("score", ["linear", "euclidean"])
 def test_the_temperature_gate_survives_what_modules_must(score):
     check_module(lambda: TemperatureGate(8, 5, temperature="learned", score=score), torch.randn(2, 6, 8))
 
