@@ -12,10 +12,13 @@ from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 Activation = Callable[[Tensor], Tensor]
+
+# Where a learnt temperature starts beside a sigmoid: at 1 its scores in (0, 1) tell little apart.
+SIGMOID_TEMPERATURE = 0.3
 
 
 def _identity(z: Tensor) -> Tensor:
@@ -52,6 +55,12 @@ def resolve_activation(activation: str | Activation | None) -> Activation:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return ACTIVATIONS[activation]
+
+
+def is_sigmoid(activation: Activation) -> bool:
+    """Whether a function is PyTorch's sigmoid, under any of its names."""
+    names = (torch.sigmoid, functional.sigmoid, torch.Tensor.sigmoid, torch.special.expit)
+    return isinstance(activation, nn.Sigmoid) or activation in names
 
 
 def value_and_derivative(

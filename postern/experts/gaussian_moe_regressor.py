@@ -19,7 +19,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from postern.experts.gate_activation import Activation
+from postern.experts.gate_activation import SIGMOID_TEMPERATURE, Activation
 from postern.experts.gaussian_moe import Covariance, GaussianMixtureOfExperts, MixtureParameters, SoftmaxGate
 from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
 from postern.experts.topk_softmax import SelectOn
@@ -239,7 +239,8 @@ class GaussianMoERegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc,
         residual = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
         spread = residual.std()
         points = np.column_stack([features - features.mean(axis=0), residual / (spread if spread > 0 else 1.0)])
-        tau = _FIRST_TEMPERATURE if self.temperature == "learned" else float(self.temperature)
+        # a learnt one starts where a sigmoid needs it; linear scores have the same gate with any
+        tau = SIGMOID_TEMPERATURE if self.temperature == "learned" else float(self.temperature)
         starts = []
         for index in range(self.n_init):
             seed = rng.randint(2**31 - 1)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from postern.experts.gate_activation import Activation, resolve_activation
+from postern.experts.gate_activation import SIGMOID_TEMPERATURE, Activation, is_sigmoid, resolve_activation
 from postern.experts.routing import check_sizes
 from postern.experts.temperature_softmax import temperature_softmax_gate
 from postern.precision import without_autocast
@@ -24,7 +24,17 @@ LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-2, 1e2
 
 GateScore = Literal["linear", "euclidean"]
 
-_SIGMOID_TEMPERATURE = 0.3
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    """Refuse a temperature that no gate can have.
+
+    Raises:
+        ValueError: it is not in [0.01, 100].
+    """
+    if not LEAST_TEMPERATURE <= temperature <= GREATEST_TEMPERATURE:
+        raise ValueError(
+            f"a temperature is in [{LEAST_TEMPERATURE:g}, {GREATEST_TEMPERATURE:g}], got {name}={temperature}"
+        )
 
 
 class TemperatureGate(nn.Module):
@@ -79,7 +89,7 @@ class TemperatureGate(nn.Module):
             nn.init.normal_(self.weight)
         if temperature == "learned":
             self.log_temperature = nn.Parameter(torch.zeros(()))
-            temperature = _SIGMOID_TEMPERATURE if self.activation is torch.sigmoid else 1.0
+            temperature = SIGMOID_TEMPERATURE if is_sigmoid(self.activation) else 1.0
         else:
             self.register_buffer("log_temperature", torch.zeros(()))
         self.set_temperature(temperature)

@@ -408,8 +408,22 @@ def test_the_temperature_gate_survives_what_modules_must(score):
     check_module(lambda: TemperatureGate(8, 5, temperature="learned", score=score), torch.randn(2, 6, 8))
 
 
-def test_a_learnt_temperature_starts_low_under_a_sigmoid():
-    assert TemperatureGate(4, 3, temperature="learned", activation="sigmoid").temperature.item() == pytest.approx(0.3)
+@pytest.mark.parametrize(
+    "sigmoid",
+    [
+        "sigmoid",
+        torch.sigmoid,
+        torch.nn.functional.sigmoid,
+        torch.Tensor.sigmoid,
+        torch.special.expit,
+        torch.nn.Sigmoid(),
+    ],
+)
+def test_a_learnt_temperature_starts_low_under_a_sigmoid_whatever_its_name(sigmoid):
+    assert TemperatureGate(4, 3, temperature="learned", activation=sigmoid).temperature.item() == pytest.approx(0.3)
+
+
+def test_a_learnt_temperature_starts_at_one_elsewhere_and_can_be_set():
     assert TemperatureGate(4, 3, temperature="learned", activation="tanh").temperature.item() == pytest.approx(1.0)
     router = DenseToSparseRouter(4, 3, temperature="learned", activation=torch.sigmoid)
     assert router.gate.temperature.item() == pytest.approx(0.3)
