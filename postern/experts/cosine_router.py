@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_sizes, check_tokens
 from postern.experts.softmax_router import check_losses, route
-from postern.experts.temperature_gate import GREATEST_TEMPERATURE, LEAST_TEMPERATURE
+from postern.experts.temperature_gate import GREATEST_TEMPERATURE, LEAST_TEMPERATURE, check_temperature
 from postern.precision import without_autocast
 
 
@@ -33,11 +33,11 @@ class CosineRouter(nn.Module):
         renormalises: see `SoftmaxRouter`.
         balance: weight of `balance_loss` in the auxiliary loss.
         z: weight of `router_z_loss` in the auxiliary loss.
-        temperature: at first.
+        temperature: at first, in [0.01, 100].
 
     Raises:
         ValueError: sizes below 1, more experts a token than there are, negative weights of losses, fewer than 2
-            dimensions, in which a cosine has no gradient, or a temperature that is not positive.
+            dimensions, in which a cosine has no gradient, or a temperature outside its range.
     """
 
     def __init__(
@@ -58,8 +58,7 @@ class CosineRouter(nn.Module):
         dimensions = max(2, num_experts // 2) if dimensions is None else dimensions
         if dimensions < 2:
             raise ValueError(f"a cosine needs at least 2 dimensions, got {dimensions}")
-        if not temperature > 0:
-            raise ValueError(f"a temperature is positive, got {temperature}")
+        check_temperature(temperature)
         self.width = width
         self.num_experts = num_experts
         self.top_k = top_k

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from postern.experts.gate_activation import Activation
 from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, balance_loss, check_sizes, check_tokens
 from postern.experts.softmax_router import check_losses, choose
-from postern.experts.temperature_gate import TemperatureGate
+from postern.experts.temperature_gate import TemperatureGate, check_temperature
 from postern.experts.temperature_softmax import temperature_softmax_gate
 
 
@@ -45,16 +45,16 @@ class DenseToSparseRouter(nn.Module):
         num_experts: how many there are to choose from.
         top_k: the least number of experts of a token.
         temperature: at first; see `postern.experts.set_temperature` and `postern.experts.LinearTemperatureSchedule`.
-            "learned" for a parameter.
+            "learned" for a parameter. In [0.01, 100].
         threshold: the share of a token above which an expert works.
         activation: of the scores, see `TemperatureGate`.
         has_noise: whether there is noise in training.
         balance: weight of `postern.experts.balance_loss` in the auxiliary loss.
-        evaluation_temperature: in evaluation; that of training if None.
+        evaluation_temperature: in evaluation, in [0.01, 100]; that of training if None.
 
     Raises:
-        ValueError: sizes below 1, more experts a token than there are, a threshold outside [0, 1), a temperature that
-            is not positive, or a negative weight of the loss.
+        ValueError: sizes below 1, more experts a token than there are, a threshold outside [0, 1), a temperature
+            outside [0.01, 100], or a negative weight of the loss.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class DenseToSparseRouter(nn.Module):
         super().__init__()
         check_sizes(width, num_experts, top_k)
         check_losses(balance=balance)
-        if evaluation_temperature is not None and not evaluation_temperature > 0:
-            raise ValueError(f"a temperature is positive, got evaluation_temperature={evaluation_temperature}")
+        if evaluation_temperature is not None:
+            check_temperature(evaluation_temperature, "evaluation_temperature")
         if not 0 <= threshold < 1:
             raise ValueError(f"a threshold is a share in [0, 1), got {threshold}")
         self.width = width

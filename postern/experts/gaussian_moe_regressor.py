@@ -24,7 +24,6 @@ from postern.experts.gaussian_moe import Covariance, GaussianMixtureOfExperts, M
 from postern.experts.gaussian_moe_fit import MixtureFit, Solver, fit_mixture
 from postern.experts.topk_softmax import SelectOn
 
-_FIRST_TEMPERATURE = 0.5  # of a learnt one: a sigmoid's scores lie in (0, 1) and need one well below 1
 _ROWS = 65_536  # that predictions hold at a time
 
 

@@ -21,7 +21,6 @@ from postern.precision import without_autocast
 
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-2, 1e2
 
-
 GateScore = Literal["linear", "euclidean"]
 
 
@@ -51,14 +50,14 @@ class TemperatureGate(nn.Module):
     Args:
         width: features of a token.
         num_experts: how many there are.
-        temperature: a number, or "learned", which starts at 1, with a sigmoid at 0.3; `set_temperature` starts it
-            elsewhere. Its logarithm is the parameter, and it stays between 0.01 and 100.
+        temperature: a number in [0.01, 100], or "learned", which starts at 1, with a sigmoid at 0.3; `set_temperature`
+            starts it elsewhere. Its logarithm is the parameter, and it stays in that range.
         activation: of the scores: an elementwise function or a name in `ACTIVATIONS`; None for none.
         bias: whether each expert has a bias, which is added after the activation.
         score: "linear", or "euclidean", with the weights as the experts' centres among the tokens, drawn from N(0, 1).
 
     Raises:
-        ValueError: sizes below 1, a temperature that is not positive, or an unknown activation or score.
+        ValueError: sizes below 1, a temperature outside [0.01, 100], or an unknown activation or score.
     """
 
     log_temperature: Tensor
@@ -104,13 +103,12 @@ class TemperatureGate(nn.Module):
         """Set the temperature, e.g. by a schedule.
 
         Args:
-            temperature: positive.
+            temperature: in [0.01, 100].
 
         Raises:
-            ValueError: it is not positive.
+            ValueError: it is outside.
         """
-        if not temperature > 0:
-            raise ValueError(f"a temperature is positive, got {temperature}")
+        check_temperature(temperature)
         self.log_temperature.fill_(math.log(temperature))
 
     def scores(self, tokens: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens num_experts"]:
@@ -138,10 +136,10 @@ def set_temperature(module: nn.Module, temperature: float) -> None:
 
     Args:
         module: the model.
-        temperature: positive.
+        temperature: in [0.01, 100].
 
     Raises:
-        ValueError: a temperature that is not positive, or a model without such gates.
+        ValueError: a temperature outside, or a model without such gates.
     """
     gates = [gate for gate in module.modules() if isinstance(gate, TemperatureGate)]
     if not gates:
@@ -155,16 +153,18 @@ class LinearTemperatureSchedule:
 
     Args:
         steps: how many it takes.
-        start: the first.
-        end: the last.
+        start: the first, in [0.01, 100].
+        end: the last, in [0.01, 100].
 
     Raises:
-        ValueError: steps below 1, or temperatures that are not positive.
+        ValueError: steps below 1, or temperatures outside.
     """
 
     def __init__(self, steps: int, start: float = 2.0, end: float = 0.3) -> None:
-        if steps < 1 or not min(start, end) > 0:
-            raise ValueError(f"a schedule has steps and positive temperatures, got {steps}, {start} and {end}")
+        if steps < 1:
+            raise ValueError(f"a schedule has at least one step, got {steps}")
+        check_temperature(start, "start")
+        check_temperature(end, "end")
         self.steps = steps
         self.start = start
         self.end = end
