@@ -2,7 +2,8 @@
 
 Everything is written out, since autograd would keep every intermediate of every sample. Experts come before samples
 (``[models, experts, samples]``), so that sums over few experts run along the samples. Experts that a sparse gate drops
-cost their rows of two matrix products, and little more. Coordinates of a model:
+cost the gradient their rows of two matrix products, and little more. The sums of EM, of normal equations and of the
+gate's information, run over all experts, with zeros where one is dropped. Coordinates of a model:
 
     gate[i] = (beta1_i, beta0_i) for all experts but the last, whose row is held;  expert[i] = (a_i, b_i);
     log sigma_i, or one for all;  log tau if it is learnt.

@@ -78,7 +78,9 @@ PAPER = Paper(
         "still between merged and separate copies, and look as if these converged fast; the claims go on to 1e-13.",
         "Of equal scores the first is kept. Copies of an expert start at almost equal slopes, so this is no detail.",
         "All scores and means are matrix products and cheap. Where at most half of the experts are kept, the logits "
-        "and residuals of these alone are gathered, and no exponential is taken for the others.",
+        "and residuals of these alone are gathered, and no exponential is taken for the others. That is all of a "
+        "pass for the gradient; EM sums the normal equations and the gate's information over all experts, with zeros "
+        "for those that are dropped.",
         "The loss is the largest sum over K cells, which is the sum of the K largest cells: no subsets are listed.",
     ),
     differences=(
