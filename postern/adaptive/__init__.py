@@ -21,7 +21,14 @@ from postern.adaptive.exit_gates import (
     gate_operations,
     uncertainty_features,
 )
-from postern.adaptive.exit_policy import ExitPolicy, MaxProbExit, PatienceExit, replay_exits, select_exits
+from postern.adaptive.exit_policy import (
+    EntropyExit,
+    ExitPolicy,
+    MaxProbExit,
+    PatienceExit,
+    replay_exits,
+    select_exits,
+)
 from postern.adaptive.exit_thresholds import calibrate_thresholds, geometric_exit_fractions
 from postern.adaptive.ftwt import FTWTTrainer, mask_loss
 from postern.adaptive.jei_dnn import (
@@ -44,6 +51,7 @@ __all__ = [
     "DynamicNetwork",
     "DynamicOutput",
     "EarlyExitModel",
+    "EntropyExit",
     "Execution",
     "ExitConformal",
     "ExitFeatures",

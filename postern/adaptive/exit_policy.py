@@ -1,7 +1,8 @@
 """Policies that decide at each exit of a network which samples stop there, all of one protocol.
 
-Papers: BranchyNet (arXiv 1709.01686) for the threshold on the largest probability; BERT Loses Patience
-(arXiv 2006.04152) for patience. Learnt gates are in `postern.adaptive.exit_gates`.
+Papers: BranchyNet (arXiv 1709.01686) for the threshold on the entropy; Multi-Scale Dense Networks (arXiv 1703.09844)
+for that on the largest probability; BERT Loses Patience (arXiv 2006.04152) for patience. Learnt gates are in
+`postern.adaptive.exit_gates`.
 """
 
 from __future__ import annotations
@@ -37,15 +38,8 @@ class ExitPolicy(Protocol):
 
 
 @dataclass(frozen=True)
-class MaxProbExit:
-    """Stop where the largest softmax probability reaches a threshold: ``max_c p_c >= threshold``.
-
-    Args:
-        threshold: one for all exits, or one an exit, as `calibrate_thresholds` finds them. Above 1 nothing stops.
-
-    Raises:
-        ValueError: no threshold, or one that is NaN.
-    """
+class _Threshold:
+    """One for all exits, or one an exit."""
 
     threshold: float | Sequence[float]
 
@@ -56,6 +50,25 @@ class MaxProbExit:
         if not each or any(value != value for value in each):
             raise ValueError(f"thresholds are numbers, at least one, got {self.threshold!r}")
 
+    def _at(self, index: int) -> float:
+        if not isinstance(self.threshold, Sequence):
+            return self.threshold
+        if index >= len(self.threshold):
+            raise ValueError(f"{len(self.threshold)} thresholds are for as many exits, got exit number {index}")
+        return self.threshold[index]
+
+
+@dataclass(frozen=True)
+class MaxProbExit(_Threshold):
+    """Stop where the largest softmax probability reaches a threshold: ``max_c p_c >= threshold``.
+
+    Args:
+        threshold: one for all exits, or one an exit, as `calibrate_thresholds` finds them. Above 1 nothing stops.
+
+    Raises:
+        ValueError: no threshold, or one that is NaN.
+    """
+
     def decide(
         self, logits: Float[Tensor, "batch classes"], index: int, state: Tensor | None
     ) -> tuple[Bool[Tensor, " batch"], None]:
@@ -64,12 +77,29 @@ class MaxProbExit:
         Raises:
             ValueError: an exit beyond the last threshold.
         """
-        threshold = self.threshold
-        if isinstance(threshold, Sequence):
-            if index >= len(threshold):
-                raise ValueError(f"{len(threshold)} thresholds are for as many exits, got exit number {index}")
-            threshold = threshold[index]
-        return logits.softmax(1).amax(1) >= threshold, None
+        return logits.softmax(1).amax(1) >= self._at(index), None
+
+
+@dataclass(frozen=True)
+class EntropyExit(_Threshold):
+    """Stop where the entropy of the softmax falls to a threshold: ``-sum_c p_c log p_c <= threshold``.
+
+    Args:
+        threshold: in nats, one for all exits, or one an exit. Below 0 nothing stops.
+
+    Raises:
+        ValueError: no threshold, or one that is NaN.
+    """
+
+    def decide(
+        self, logits: Float[Tensor, "batch classes"], index: int, state: Tensor | None
+    ) -> tuple[Bool[Tensor, " batch"], None]:
+        """Decide for the samples that have come as far as an exit; see `ExitPolicy`.
+
+        Raises:
+            ValueError: an exit beyond the last threshold.
+        """
+        return torch.special.entr(logits.softmax(1)).sum(1) <= self._at(index), None
 
 
 @dataclass(frozen=True)

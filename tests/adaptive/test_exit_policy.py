@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from postern.adaptive import ExitPolicy, GateExit, MaxProbExit, PatienceExit, replay_exits, select_exits
+from postern.adaptive import EntropyExit, ExitPolicy, GateExit, MaxProbExit, PatienceExit, replay_exits, select_exits
 
 
 def one_hot_logits(labels, classes=3):
@@ -26,6 +28,25 @@ def test_a_threshold_for_each_exit():
     assert replay_exits(MaxProbExit(1.1), logits).tolist() == [2, 2]
 
 
+def test_one_bound_on_the_entropy_against_a_loop():
+    logits = [torch.randn(50, 4, generator=torch.Generator().manual_seed(s)).double() for s in range(4)]
+    exits = replay_exits(EntropyExit(1.0), logits)
+    for sample in range(50):
+        entropies = [-sum(p * math.log(p) for p in each[sample].softmax(0).tolist()) for each in logits[:3]]
+        stopping = [l for l in range(3) if entropies[l] <= 1.0]
+        assert exits[sample] == (stopping[0] if stopping else 3)
+    assert len(exits.unique()) == 4
+
+
+def test_a_bound_on_the_entropy_for_each_exit():
+    """Two classes alike of four have log 2 nats, and a class that is certain has none."""
+    alike = torch.tensor([[0.0, 0.0, -math.inf, -math.inf]])
+    certain = torch.tensor([[0.0, -math.inf, -math.inf, -math.inf]])
+    assert replay_exits(EntropyExit([0.69, 0.70]), [alike, alike, alike]).tolist() == [1]
+    assert replay_exits(EntropyExit(0.0), [alike, certain, certain]).tolist() == [1]
+    assert replay_exits(EntropyExit(-1.0), [certain, certain, certain]).tolist() == [2]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=3, max_size=3), min_size=2, max_size=7), st.integers(1, 3))
 def test_patience_against_a_loop(labels, patience):
@@ -46,7 +67,7 @@ def test_selected_logits_are_those_of_the_exit():
 
 
 def test_all_policies_keep_the_protocol():
-    for policy in (MaxProbExit(0.5), PatienceExit(2), GateExit(3)):
+    for policy in (MaxProbExit(0.5), EntropyExit(0.5), PatienceExit(2), GateExit(3)):
         assert isinstance(policy, ExitPolicy)
 
 
@@ -56,6 +77,8 @@ def test_all_policies_keep_the_protocol():
         (lambda: MaxProbExit([]), r"\(\)"),
         (lambda: MaxProbExit(float("nan")), "nan"),
         (lambda: MaxProbExit([0.5]).decide(torch.zeros(1, 2), 1, None), "exit number 1"),
+        (lambda: EntropyExit(float("nan")), "nan"),
+        (lambda: EntropyExit([0.5]).decide(torch.zeros(1, 2), 1, None), "exit number 1"),
         (lambda: PatienceExit(0), "got 0"),
         (lambda: replay_exits(MaxProbExit(0.5), []), "got none"),
     ],
