@@ -66,7 +66,7 @@ class ExitGate(nn.Module):
 
 
 def exit_probabilities(
-    g: Float[Tensor, "batch gates"],
+    g: Float[Tensor, "batch gates"], *, is_independent: bool = False
 ) -> tuple[Float[Tensor, "batch gates+1"], Float[Tensor, "batch gates"]]:
     """The probability of leaving at each exit, and that of stopping once there.
 
@@ -74,18 +74,19 @@ def exit_probabilities(
         a_l = P(exit = l) / prod_{j<l} (1 - a_j)
 
     The product telescopes to ``1 - sum_{j<l} P(exit = j)``. Where it is 0 everything has left and ``a_l`` is 1. These
-    are not independent gates: ``prod_{j<l} (1 - g_j) g_l`` gives other exits.
+    are not independent gates, ``P(exit = l) = g_l prod_{j<l} (1 - g_j)`` and ``a_l = g_l``, which give other exits.
 
     Args:
         g: the gates' outputs in [0, 1].
+        is_independent: take the gates for independent, which the paper does not.
 
     Returns:
         ``P`` with a column for the final head, whose rows have the sum 1; and ``a``, in [0, 1].
     """
-    reached = nn.functional.pad(g.cumsum(1).clamp_max(1), (1, 0))
-    left = 1 - reached
+    left = (1 - g).cumprod(1) if is_independent else 1 - g.cumsum(1).clamp_max(1)
+    left = nn.functional.pad(left, (1, 0), value=1.0)
     p_exit = left[:, :-1] - left[:, 1:]
-    a = torch.where(left[:, :-1] > 0, p_exit / left[:, :-1], 1.0)
+    a = g if is_independent else torch.where(left[:, :-1] > 0, p_exit / left[:, :-1], 1.0)
     return torch.cat([p_exit, left[:, -1:]], dim=1), a
 
 
@@ -108,18 +109,19 @@ class GateExit(nn.Module):
     Args:
         num_gates: one for each exit but the final head.
         threshold: of the probability of stopping once there, between 0 and 1.
+        is_independent: take the gates for independent, so that ``a_l`` is the gate's output; see `exit_probabilities`.
 
     Raises:
         ValueError: no gates, or a threshold outside (0, 1].
     """
 
-    def __init__(self, num_gates: int, threshold: float = 0.5) -> None:
+    def __init__(self, num_gates: int, threshold: float = 0.5, *, is_independent: bool = False) -> None:
         super().__init__()
         if num_gates < 1:
             raise ValueError(f"there is at least one gate, got num_gates={num_gates}")
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold is a probability above 0, got {threshold}")
-        self.threshold = threshold
+        self.threshold, self.is_independent = threshold, is_independent
         self.gates = nn.ModuleList(ExitGate() for _ in range(num_gates))
 
     def forward(self, logits: Sequence[Float[Tensor, "batch classes"]]) -> Float[Tensor, "batch gates"]:
@@ -135,10 +137,11 @@ class GateExit(nn.Module):
     ) -> tuple[Bool[Tensor, " batch"], Float[Tensor, " batch"]]:
         """Decide for the samples that have come as far as an exit; see `ExitPolicy`.
 
-        The state is what the gates so far have left of a probability of 1: ``r_l = max(r_{l-1} - g_l, 0)``, from 1 on.
+        The state is what the gates so far have left of a probability of 1: ``r_l = max(r_{l-1} - g_l, 0)``, from 1 on;
+        independent gates look at nothing but their own output.
         """
         g = torch.sigmoid(self.gates[index](logits)).squeeze(1)
         # a_l = min(g_l, r) / r, which reaches a threshold of at most 1 where g_l does that of r; r = 0 stops
-        if state is None:
+        if state is None or self.is_independent:
             return g >= self.threshold, 1 - g
         return g >= self.threshold * state, (state - g).clamp_min(0)

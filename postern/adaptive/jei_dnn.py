@@ -146,6 +146,7 @@ class JEIDNNTrainer:
         cost: of each exit and the final head, in any unit; see `exit_costs`.
         phase_batches: batches in a turn; the gates have the first.
         ratio_grad: differentiate the ratio in `im_loss`, as the released code does.
+        gates_are_independent: take the gates for independent; see `exit_probabilities`. Not the paper's method.
         target: the loss by which gates are taught; see `exit_losses`.
         trains_heads: False to leave the classifiers as they are in their turns, which trains the gates alone, as often.
         gate_lr: learning rate of the gates at the start of `fit`.
@@ -167,6 +168,7 @@ class JEIDNNTrainer:
         *,
         phase_batches: int = 200,
         ratio_grad: bool = False,
+        gates_are_independent: bool = False,
         target: ExitLoss = "cross_entropy",
         trains_heads: bool = True,
         gate_lr: float = 0.01,
@@ -190,7 +192,7 @@ class JEIDNNTrainer:
         self.gate_lr, self.head_lr, self.momentum, self.weight_decay = gate_lr, head_lr, momentum, weight_decay
         device = next(model.heads.parameters()).device
         self.cost = (cost / cost[-1]).to(device, torch.float32)
-        self.policy = GateExit(model.num_exits).to(device)
+        self.policy = GateExit(model.num_exits, is_independent=gates_are_independent).to(device)
 
     def warm_up(self, train: ExitFeatures, validation: ExitFeatures, epochs: int = 6, patience: int = 2) -> list[float]:
         """Train the classifiers alone, the earlier ones with larger weights: ``sum_l (G + 2 - l) CE_l``, l from 1 to G.
@@ -282,7 +284,8 @@ class JEIDNNTrainer:
         """
         logits = self.model.exit_logits(batch.features)
         with torch.no_grad():
-            p_exit, _ = exit_probabilities(torch.sigmoid(self.policy(logits)))
+            g = torch.sigmoid(self.policy(logits))
+            p_exit, _ = exit_probabilities(g, is_independent=self.policy.is_independent)
         return im_loss(exit_losses(logits, batch.labels), p_exit[:, :-1], self.ratio_grad)
 
     @torch.no_grad()

@@ -79,6 +79,18 @@ def test_they_are_not_independent_gates():
     assert exit_decision(a).tolist() == [1]  # independent gates would all say no
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7))
+def test_independent_gates_against_the_definition(g):
+    p, a = exit_probabilities(torch.tensor([g], dtype=torch.float64), is_independent=True)
+    expected, left = [], 1.0
+    for each in g:
+        expected.append(each * left)
+        left *= 1 - each
+    assert p[0].tolist() == pytest.approx([*expected, left], abs=1e-12)
+    assert a[0].tolist() == g
+
+
 def test_probability_is_differentiable():
     g = (outputs(3, 3) * 0.3).requires_grad_()  # away from the kinks
     assert torch.autograd.gradcheck(lambda g: exit_probabilities(g), (g,))
@@ -90,15 +102,16 @@ def test_the_final_head_takes_the_rest():
     assert exit_decision(a, threshold=0.35).tolist() == [0, 3, 0]
 
 
-def test_the_policy_is_the_decision():
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_the_policy_is_the_decision(is_independent):
     torch.manual_seed(1)
-    policy = GateExit(4).double()
+    policy = GateExit(4, is_independent=is_independent).double()
     for gate in policy.gates:
         torch.nn.init.normal_(gate.linear.weight, std=2.0)
     logits = [3 * torch.randn(200, 6, dtype=torch.float64) for _ in range(5)]
     g = torch.sigmoid(policy(logits))
     assert g.shape == (200, 4)
-    exits = exit_decision(exit_probabilities(g)[1])
+    exits = exit_decision(exit_probabilities(g, is_independent=is_independent)[1])
     assert len(exits.unique()) > 2
     torch.testing.assert_close(replay_exits(policy, logits), exits)
 

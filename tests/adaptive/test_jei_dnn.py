@@ -183,13 +183,84 @@ def test_warm_up_weighs_the_earlier_heads_more():
 
 
 def test_warm_up_stops_heads_that_wait():
+    """The first head learns what is wrong on validation samples: it has its best after one epoch, and is left alone."""
+    (train, _), (validation, _) = problem(200), problem(200, seed=1)
+    features = (validation.features[0].roll(1, 1), validation.features[1])
+    misleading = ExitFeatures(features, validation.final_logits, validation.labels)
+    exits = model()
+    calls, states = [0, 0], []
+
+    def count(index):
+        def hook(head, inputs, output):
+            calls[index] += 1
+            if index == 0 and not torch.is_grad_enabled():  # the end of an epoch
+                states.append(head.weight.clone())
+
+        return hook
+
+    for index, head in enumerate(exits.heads):
+        head.register_forward_hook(count(index))
+    best = trainer(exits, 0.1).warm_up(train, misleading, epochs=5, patience=1)
+    assert calls == [2 * (4 + 1), 5 * (4 + 1)]  # four batches and the validation samples in an epoch
+    assert torch.equal(exits.heads[0].weight, states[0])
+    assert not torch.equal(states[0], states[1])
+    assert best[0] > best[1]
+
+
+def rates_of(training, call):
+    """Learning rates at each step of descent, by the module that is trained."""
+    rates, made = {}, training._optimizer
+
+    def optimizer(module, rate):
+        found = made(module, rate)
+        step, seen = found.step, rates.setdefault(module, [])
+        found.step = lambda: (seen.append(found.param_groups[0]["lr"]), step())
+        return found
+
+    training._optimizer = optimizer
+    call()
+    return rates
+
+
+def test_the_rates_fall_along_a_cosine():
+    """Both by the same share from batch to batch, whoever's turn it is: here each has every second batch."""
+    train, _ = problem(200)
+    exits = model()
+    training = trainer(exits, 0.3, phase_batches=1)
+    rates = rates_of(training, lambda: training.fit(train, train, epochs=2))  # eight batches
+    shares = [0.02 + 0.98 * (1 + math.cos(math.pi * batch / 8)) / 2 for batch in range(8)]
+    assert rates[training.policy] == pytest.approx([0.3 * share for share in shares[::2]])
+    assert rates[exits.heads] == pytest.approx([0.1 * share for share in shares[1::2]])
+
+
+def test_the_rate_of_the_warm_up_stays():
+    train, _ = problem(200)
+    exits = model()
+    training = trainer(exits, 0.3)
+    rates = rates_of(training, lambda: training.warm_up(train, train, epochs=2))
+    assert [rates[head] for head in exits.heads] == [[0.1] * 8] * 2
+
+
+def test_targets_are_weighted_anew_after_every_epoch():
     (train, _), (validation, _) = problem(200), problem(200, seed=1)
     exits = model()
-    untouched = [each.clone() for each in exits.heads.parameters()]
-    best = trainer(exits, 0.1, head_lr=1e-12).warm_up(train, validation, epochs=0)
-    assert best == [math.inf, math.inf]
-    for before, after in zip(untouched, exits.heads.parameters(), strict=True):
-        assert torch.equal(before, after)
+    training = trainer(exits, 0.3, phase_batches=1)
+    found, expected = [], []
+    step_loss = training.gate_step_loss
+
+    def recorded(batch, weight):
+        if len(found) % 2 == 0:  # two turns of the gates in an epoch; the classifiers are as the last one has left them
+            with torch.no_grad():
+                losses = exit_losses(validation.all_logits(exits), validation.labels)
+            expected.extend([positive_weights(gate_targets(losses, training.cost, 0.3)[1], 2)] * 2)
+        found.append(weight)
+        return step_loss(batch, weight)
+
+    training.gate_step_loss = recorded
+    training.fit(train, validation, epochs=3)
+    assert [each.tolist() for each in found[:2]] == [[1, 1]] * 2
+    assert [each.tolist() for each in found[2:]] == [each.tolist() for each in expected[2:]]
+    assert found[2].tolist() != found[4].tolist()
 
 
 def test_turns():
@@ -215,6 +286,22 @@ def test_gates_alone():
     training.fit(train, train, epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(heads, exits.heads.parameters(), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(gates, training.policy.parameters(), strict=True))
+
+
+def test_independent_gates_weigh_the_classifiers_by_their_own_probabilities():
+    train, _ = problem(50)
+    exits = model()
+    training = trainer(exits, 0.3, gates_are_independent=True)
+    logits = exits.exit_logits(train.features)
+    g = torch.sigmoid(training.policy(logits)).detach()
+    losses = exit_losses(logits, train.labels)
+    expected = torch.autograd.grad(
+        im_loss(losses, g * torch.stack([torch.ones(50), 1 - g[:, 0]], 1)), exits.heads[1].weight
+    )
+    found = torch.autograd.grad(training.head_step_loss(train), exits.heads[1].weight)
+    torch.testing.assert_close(found, expected)
+    capped = torch.autograd.grad(trainer(exits, 0.3).head_step_loss(train), exits.heads[1].weight)
+    assert (capped[0] - found[0]).abs().max() > 1e-4
 
 
 def test_gradients_stay_on_their_side():
