@@ -15,8 +15,8 @@ code, like the default here, the hard one, with the reset detached from the grap
 
 Why not the neurons of snntorch, with which tests compare these (`SnnTorchNeuron` puts them into any network): they
 spike above the threshold and not at it, have no detached soft reset within the same step, give float32 for any input,
-and their sigmoid surrogate is NaN far below the threshold, which ends a training. One call for a step also costs time
-and memory, see ``benchmarks.spiking``.
+and their sigmoid surrogate is NaN far below the threshold, which ends a training. One call for a step also costs time,
+see ``benchmarks.spiking``.
 """
 
 from __future__ import annotations
