@@ -205,16 +205,22 @@ def expert_agreement(
     The model is in evaluation mode for the time, so that nothing but experts differs.
 
     Args:
-        model: has `StochasticRouter` layers, at another level than "ensemble".
+        model: has `StochasticRouter` layers, of which one draws in evaluation at least.
         batch: see `two_passes`.
         mask: true where a prediction counts; None where all do.
         num_draws: predictions that are compared, each with each.
         generator: draws the experts; torch's global one if None.
 
     Raises:
-        ValueError: no such layers, or fewer than two draws.
+        ValueError: no such layers, none that draws, or fewer than two draws.
     """
-    stochastic_routers(model)
+    routers = stochastic_routers(model)
+    if not any(router.draws_in_evaluation for router in routers):
+        found = sorted({_what_works(router) for router in routers})
+        raise ValueError(
+            f"agreement is between draws, but in every layer what works is fixed: {', '.join(found)}; draw by "
+            "router.force(None) and expert_draws(model, level='sentence')"
+        )
     if num_draws < 2:
         raise ValueError(f"agreement is between two draws at least, got {num_draws}")
     with evaluating(model), expert_draws(model, generator=generator):
@@ -261,6 +267,12 @@ def log_probs_of(output: Any) -> Float[Tensor, "*tokens classes"]:
     """Log-probabilities of what a model returns, in float32 at least."""
     logits = logits_of(output)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _what_works(router: StochasticRouter) -> str:
+    if router.expert is None:
+        return f"level={router.level!r}"
+    return f"expert={router.expert.tolist() if isinstance(router.expert, Tensor) else router.expert}"
 
 
 def _call(model: nn.Module, batch: Batch) -> Any:

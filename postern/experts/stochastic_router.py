@@ -76,6 +76,11 @@ class StochasticRouter(nn.Module):
             raise ValueError(f"experts lie in 0..{self.num_experts - 1}, got {outside[0]}")
         self.expert = expert
 
+    @property
+    def draws_in_evaluation(self) -> bool:
+        """Whether what works in evaluation is drawn, rather than forced or all experts."""
+        return self.expert is None and self.level != "ensemble"
+
     def sample(
         self, *shape: int, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> Int[Tensor, "*shape"]:

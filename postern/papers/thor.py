@@ -456,8 +456,7 @@ def _bleu(
     if not _has_bleu():
         return None
     is_random = any(
-        isinstance(module, RandomRouter)
-        or (isinstance(module, StochasticRouter) and module.expert is None and module.level != "ensemble")
+        isinstance(module, RandomRouter) or (isinstance(module, StochasticRouter) and module.draws_in_evaluation)
         for module in model.modules()
     )
     batches = _test_batches(pairs, run)

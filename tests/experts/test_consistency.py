@@ -231,6 +231,24 @@ def test_agreement_is_a_mean_over_pairs_and_counted_tokens():
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "seen"),
+    [
+        ({"level": "ensemble"}, "level='ensemble'; draw by"),
+        ({"expert": 1}, "expert=1;"),
+        ({"expert": torch.tensor([0, 2, 1, 1])}, r"expert=\[0, 2, 1, 1\];"),
+    ],
+)
+def test_what_is_not_drawn_is_not_said_to_agree(fixed, seen):
+    model, x = Tagger(), inputs()
+    with expert_draws(model, **fixed):
+        with pytest.raises(ValueError, match=seen):
+            expert_agreement(model, (x,))
+        model.layers[0].router.force(None)
+        with expert_draws(model, level="sentence"):
+            assert expert_agreement(model, (x,)) > 1e-3
+
+
 def test_all_experts_predict_together():
     model, x = Tagger(), inputs()
     probabilities = []
