@@ -10,8 +10,9 @@ what two calls give for the same experts is checked before anything is timed.
 
 Inference is that of one block. "drawn" sends each sentence, or each token, to the expert it has drawn; "all masked"
 lets every expert work on every token and keeps the drawn one's output, as the official code does; "all averaged"
-takes the mean of all outputs, the level "ensemble". "dense" is one block of an expert's size. That both ways give what
-the drawn experts give is checked before they are timed.
+takes the mean of all outputs, the level "ensemble". "dense" is one block of an expert's size. That the masked way gives
+what the drawn experts give, and the averaged one the mean of what each expert gives alone, is checked before they are
+timed.
 """
 
 from __future__ import annotations
@@ -101,6 +102,11 @@ def measure_inference(
     with expert_draws(layers["sentence"], expert=drawn):
         expected = layers["sentence"](tokens)[0]
         torch.testing.assert_close(evaluate_densely(layers["sentence"], tokens), expected, rtol=1e-4, atol=1e-5)
+    total = torch.zeros_like(tokens)
+    for expert in range(experts):
+        with expert_draws(layers["sentence"], expert=expert):
+            total += layers["sentence"](tokens)[0]
+    torch.testing.assert_close(layers["ensemble"](tokens)[0], total / experts, rtol=1e-4, atol=1e-5)
 
     calls: dict[str, Callable[[], object]] = {
         "dense": lambda: dense(tokens),
