@@ -6,6 +6,7 @@ unless a capacity says so.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -109,13 +110,14 @@ class MixtureOfExperts(nn.Module):
         capacity: how many tokens an expert takes; None for all.
 
     Raises:
-        ValueError: another number of experts than the router's.
+        ValueError: another number of experts than the router's, or experts that take no order of assignments.
     """
 
     def __init__(self, router: Router, experts: Experts, *, capacity: Capacity | None = None) -> None:
         super().__init__()
         if router.num_experts != experts.num_experts:
             raise ValueError(f"the router knows {router.num_experts} experts, but there are {experts.num_experts}")
+        _check_takes_order(experts)
         self.router = router
         self.experts = experts
         self.capacity = capacity
@@ -141,6 +143,17 @@ class MixtureOfExperts(nn.Module):
         outputs = self.experts(rows, found.ends, found.order).view(len(rows), top_k, self.width)
         weights = routing.weights.flatten(0, 1).unsqueeze(1).to(outputs.dtype)
         return torch.bmm(weights, outputs).view(tokens.shape), routing
+
+
+def _check_takes_order(experts: Experts) -> None:
+    called = inspect.signature(experts.forward if isinstance(experts, nn.Module) else experts)
+    try:
+        called.bind("rows", "ends", "order")
+    except TypeError:
+        raise ValueError(
+            f"a bank of experts is called with (rows, ends, order), but {type(experts).__name__} takes {called}; "
+            "postern.experts.in_order does the rest for a bank that takes sorted rows"
+        ) from None
 
 
 def evaluate_densely(

@@ -28,6 +28,7 @@ from postern.experts import (
     expert_shares,
     grouped_mm,
     gumbel_noise,
+    in_order,
     router_z_loss,
     set_temperature,
 )
@@ -246,6 +247,23 @@ def test_impossible_capacities_are_refused(arguments, seen):
 def test_router_and_experts_agree_on_their_number():
     with pytest.raises(ValueError, match="knows 3 experts, but there are 2"):
         MixtureOfExperts(SoftmaxRouter(4, 3), FeedForwardExperts(2, 4, 4))
+
+
+def test_a_bank_that_takes_no_order_is_told_how_to():
+    class Doubled(torch.nn.Module):
+        num_experts = 3
+
+        def forward(self, rows, ends):
+            return 2 * rows
+
+    class InOrder(Doubled):
+        def forward(self, rows, ends, order=None):
+            return super().forward(rows, ends) if order is None else in_order(super().forward, rows, ends, order)
+
+    with pytest.raises(ValueError, match=r"\(rows, ends, order\), but Doubled takes \(rows, ends\).*in_order"):
+        MixtureOfExperts(SoftmaxRouter(4, 3), Doubled())
+    layer, x = MixtureOfExperts(SoftmaxRouter(4, 3), InOrder()), torch.randn(2, 5, 4)
+    torch.testing.assert_close(layer(x)[0], 2 * x)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
