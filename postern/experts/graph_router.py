@@ -122,7 +122,7 @@ class TokenGraph(nn.Module):
         Args:
             logits: each token's own.
             tokens: what similarity is judged by.
-            context: the mask of those that count, and query and key for the graph of attention.
+            context: the mask of those that count, documents, and query and key for the graph of attention.
             attention: the weights of the attention layer before, before dropout and already causal where they have to
                 be; in place of query and key.
 
@@ -151,7 +151,7 @@ class TokenGraph(nn.Module):
 
         Args:
             tokens: see `forward`, as for the next ones.
-            context: the mask, and query and key.
+            context: the mask, documents, and query and key.
             attention: in place of query and key.
 
         Raises:
@@ -175,16 +175,20 @@ class TokenGraph(nn.Module):
         return average if self.self_weight == 0 else torch.lerp(average, preferences, self.self_weight)
 
     def _relate(self, tokens: Tensor, context: RoutingContext) -> Tensor:
-        mask, is_causal = context.mask, context.is_causal
+        mask, is_causal, document_ids = context.mask, context.is_causal, context.document_ids
         if self.graph == "uniform":
-            related = related_tokens(tokens.shape[1], mask, is_causal=is_causal, device=tokens.device).to(tokens.dtype)
+            related = related_tokens(
+                tokens.shape[1], mask, is_causal=is_causal, document_ids=document_ids, device=tokens.device
+            ).to(tokens.dtype)
             return related / related.sum(-1, keepdim=True)
         weight = None if self.weight is None else self.weight.to(tokens.dtype)
-        found = similarity_matrix(tokens, self.similarity, self.tau, mask, is_causal=is_causal, weight=weight)
+        found = similarity_matrix(
+            tokens, self.similarity, self.tau, mask, is_causal=is_causal, document_ids=document_ids, weight=weight
+        )
         return found if self.has_graph_gradient else found.detach()
 
     def _attend(self, preferences: Tensor, context: RoutingContext, attention: Tensor | None) -> Tensor:
-        dtype, mask = preferences.dtype, context.mask
+        dtype, mask, document_ids = preferences.dtype, context.mask, context.document_ids
         head_weights = None if self.head_logits is None else self.head_logits.to(dtype).softmax(0)
         if attention is None:
             query, key = context.query, context.key
@@ -196,15 +200,24 @@ class TokenGraph(nn.Module):
             query, key = self._graph(query, dtype), self._graph(key, dtype)
             if self.heads != "sharpest":
                 return propagate_with_sdpa(
-                    query, key, preferences, mask, is_causal=context.is_causal, head_weights=head_weights
+                    query,
+                    key,
+                    preferences,
+                    mask,
+                    is_causal=context.is_causal,
+                    head_weights=head_weights,
+                    document_ids=document_ids,
                 )
-            attention = attention_weights(query, key, mask, is_causal=context.is_causal)
+            related = related_tokens(
+                query.shape[2], mask, is_causal=context.is_causal, document_ids=document_ids, device=query.device
+            )
+            attention = attention_weights(query, key, related[:, None])
         else:
             self._check_heads("attention", attention, preferences)
             attention = self._graph(attention, dtype)
         if self.heads == "sharpest":
             attention = sharpest_head(attention)
-        return propagate(attention, preferences, mask, head_weights)
+        return propagate(attention, preferences, mask, head_weights, document_ids=document_ids)
 
     def _graph(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype) if self.has_graph_gradient else x.detach().to(dtype)
@@ -294,7 +307,7 @@ class TokenGraphRouter(SoftmaxRouter):
         context: RoutingContext = NO_CONTEXT,
         attention: Float[Tensor, "batch heads time time"] | None = None,
     ) -> Routing:
-        """See `postern.experts.Router`; of the context it uses the mask, and query and key for the graph of attention.
+        """See `postern.experts.Router`; of the context it uses all but the numbers of tokens.
 
         Args:
             tokens: what the experts will see.
@@ -302,7 +315,7 @@ class TokenGraphRouter(SoftmaxRouter):
             attention: the weights themselves, in place of query and key; see `TokenGraph`.
 
         Raises:
-            ValueError: tokens, a mask or attention that do not fit.
+            ValueError: tokens, a mask, documents or attention that do not fit.
         """
         check_tokens(self, tokens, context)
         logits = self.logits(tokens)

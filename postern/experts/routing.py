@@ -39,6 +39,8 @@ class RoutingContext:
         query: of the attention layer before, as it multiplies them: rotated, not scaled.
         key: likewise, in as many heads or in fewer that query heads share.
         is_causal: whether a token may be routed by earlier ones alone.
+        document_ids: whose tokens these are, where a sequence holds several documents: none is routed by those of
+            another; None where each sequence is one.
     """
 
     mask: Bool[Tensor, "batch time"] | None = None
@@ -46,6 +48,7 @@ class RoutingContext:
     query: Float[Tensor, "batch heads time head_dim"] | None = None
     key: Float[Tensor, "batch kv_heads time head_dim"] | None = None
     is_causal: bool = True
+    document_ids: Int[Tensor, "batch time"] | None = None
 
 
 NO_CONTEXT = RoutingContext()
@@ -157,14 +160,18 @@ def check_tokens(router: Router, tokens: Float[Tensor, "batch time width"], cont
         context: what else it is given.
 
     Raises:
-        ValueError: tokens of another shape or no floating-point numbers, or a mask or numbers of tokens that do not
-            belong to them.
+        ValueError: tokens of another shape or no floating-point numbers, or a mask or numbers of tokens or documents
+            that do not belong to them.
     """
     if tokens.dim() != 3 or tokens.shape[2] != router.width or not tokens.is_floating_point():
         raise ValueError(
             f"tokens are floating-point [batch, time, {router.width}], got {tokens.dtype} {list(tokens.shape)}"
         )
-    for name, x, kind in (("mask", context.mask, "boolean"), ("token_ids", context.token_ids, "integer")):
+    for name, x, kind in (
+        ("mask", context.mask, "boolean"),
+        ("token_ids", context.token_ids, "integer"),
+        ("document_ids", context.document_ids, "integer"),
+    ):
         if x is None:
             continue
         is_kind = x.dtype == torch.bool if kind == "boolean" else x.dtype in (torch.int64, torch.int32)

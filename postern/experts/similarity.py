@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +23,7 @@ def similarity_matrix(
     mask: Bool[Tensor, "batch time"] | None = None,
     *,
     is_causal: bool = True,
+    document_ids: Int[Tensor, "batch time"] | None = None,
     weight: Float[Tensor, "width width"] | None = None,
 ) -> Float[Tensor, "batch time time"]:
     """``S_ij = softmax_j(sim(u_i, u_j) / tau)`` over the tokens that i may relate to; rows add up to 1.
@@ -36,6 +37,7 @@ def similarity_matrix(
         tau: temperature, positive; towards 0 a token that is most alike to itself relates to itself alone.
         mask: true where a token counts; the others are related to by none but themselves.
         is_causal: whether a token relates to itself and earlier ones only.
+        document_ids: whose tokens these are; none relates to those of another document.
         weight: W, for "bilinear" only.
 
     Raises:
@@ -57,7 +59,9 @@ def similarity_matrix(
     elif kind == "distance":
         # -|u_i|^2 is the same for the whole row, which softmax does not see
         similarity = 2 * similarity - tokens.square().sum(-1)[:, None, :]
-    related = related_tokens(tokens.shape[1], mask, is_causal=is_causal, device=tokens.device)
+    related = related_tokens(
+        tokens.shape[1], mask, is_causal=is_causal, document_ids=document_ids, device=tokens.device
+    )
     return (similarity / tau).masked_fill(~related, float("-inf")).softmax(-1)
 
 

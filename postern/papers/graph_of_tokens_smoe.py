@@ -82,7 +82,9 @@ PAPER = Paper(
         "are of the average, which is not put through softmax again.",
         "In a causal model similarities are masked before softmax. Without that a token sees what is to come, and "
         "perplexity looks spectacular.",
-        "Padded tokens are never averaged over; they keep their own preference, so that every row is a distribution.",
+        "Padded tokens are never averaged over; they keep their own preference, so that every row is a distribution. "
+        "Nor are tokens of another document where a sequence holds several, as far as the router is told: by "
+        "`document_ids` of `RoutingContext`, which `patch_router` does not fill.",
         "Attention weights are those of the layer just before the experts, before dropout. They need not be in memory: "
         "with the preferences as values, fused attention gives the average.",
         "An average of distributions is never more decided than these are in the mean (Jensen's inequality): it can "

@@ -116,6 +116,28 @@ def test_its_matrix_is_what_it_averages_with(tokens, graph, heads):
     torch.testing.assert_close(found(logits, tokens, context), matrix @ logits.softmax(-1))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(
+    ("graph", "heads"), [("similarity", "mean"), ("uniform", "mean"), ("attention", "mean"), ("attention", "sharpest")]
+)
+def test_documents_of_one_sequence_are_routed_as_if_each_were_alone(tokens, graph, heads, is_causal):
+    router = TokenGraphRouter(WIDTH, EXPERTS, graph=graph, heads=heads)
+    query, key = torch.randn(2, 4, TIME, 3), torch.randn(2, 2, TIME, 3)
+    documents = torch.tensor([0, 0, 0, 5, 5, 5, 5]).expand(2, -1)
+    packed = router(
+        tokens, RoutingContext(query=query, key=key, is_causal=is_causal, document_ids=documents)
+    ).probabilities
+    alone = [
+        router(
+            tokens[:, part], RoutingContext(query=query[:, :, part], key=key[:, :, part], is_causal=is_causal)
+        ).probabilities
+        for part in (slice(0, 3), slice(3, TIME))
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+    together = router(tokens, RoutingContext(query=query, key=key, is_causal=is_causal)).probabilities
+    assert not torch.allclose(together[:, 3:], alone[1], atol=1e-4)
+
+
 def test_the_token_keeps_half_beside_attention_and_nothing_beside_what_holds_itself():
     assert TokenGraph(WIDTH, "attention").self_weight == 0.5
     assert TokenGraph(WIDTH, "similarity").self_weight == TokenGraph(WIDTH, "uniform").self_weight == 0.0

@@ -7,6 +7,7 @@ from postern.attention import attention_entropy, attention_weights
 from postern.compare.memory import TensorMemory
 from postern.experts import propagate, propagate_with_sdpa, sharpest_head
 
+DOCUMENTS = {"one document": None, "two": torch.tensor([[4, 4, 4, 0, 0, 0], [0, 1, 0, 1, 1, 0]])}
 MASKS = {"all": None, "padded": torch.tensor([[True] * 6, [True, True, False, True, False, False]])}
 
 
@@ -23,7 +24,7 @@ def given(generator):
     return draw(2, 4, 6, 3), draw(2, 2, 6, 3), draw(2, 6, 5)
 
 
-def explicit(query, key, mask, is_causal):
+def explicit(query, key, mask, is_causal, documents):
     """Weights of the heads, pair by pair."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = torch.einsum("bhid,bhjd->bhij", query, key) / query.shape[-1] ** 0.5
@@ -31,20 +32,26 @@ def explicit(query, key, mask, is_causal):
         logits = logits.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     if mask is not None:
         logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+    if documents is not None:
+        others = [[[float("-inf") if a != b else 0.0 for b in row] for a in row] for row in documents.tolist()]
+        logits = logits + torch.tensor(others)[:, None]
     return logits.softmax(-1)
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("is_weighted", [True, False])
-def test_fused_equals_explicit_with_gradients(given, mask, is_causal, is_weighted):
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_fused_equals_explicit_with_gradients(given, mask, is_causal, is_weighted, documents):
     query, key, preferences = given
-    mask = MASKS[mask]
+    mask, documents = MASKS[mask], DOCUMENTS[documents]
     counts = torch.ones(2, 6, dtype=torch.bool) if mask is None else mask
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) if is_weighted else None
-    attention = explicit(query, key, mask, is_causal)
+    attention = explicit(query, key, mask, is_causal, documents)
     combined = (attention * (weights.view(1, 4, 1, 1) if is_weighted else 0.25)).sum(1)
-    fused = propagate_with_sdpa(query, key, preferences, mask, is_causal=is_causal, head_weights=weights)
+    fused = propagate_with_sdpa(
+        query, key, preferences, mask, is_causal=is_causal, head_weights=weights, document_ids=documents
+    )
     for found in (fused, propagate(attention, preferences, mask, weights)):
         torch.testing.assert_close(found[counts], (combined @ preferences)[counts])
         ours = torch.autograd.grad(found[counts].sin().sum(), given, retain_graph=True)
@@ -74,6 +81,10 @@ def test_what_attention_lacks_stays_with_the_token():
     torch.testing.assert_close(found, torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]]]))
     without_second = propagate(attention, preferences, torch.tensor([[True, False, True]]))
     torch.testing.assert_close(without_second[0, 2], 0.5 * preferences[0, 0] + 0.5 * preferences[0, 2])
+    documents = torch.tensor([[0, 1, 1]])
+    packed = propagate(attention, preferences, document_ids=documents)
+    expected = torch.stack([preferences[0, 0], preferences[0, 1], 0.5 * (preferences[0, 1] + preferences[0, 2])])
+    torch.testing.assert_close(packed, expected[None])
 
 
 def test_the_sharpest_head_is_each_tokens_own(generator):

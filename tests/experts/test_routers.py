@@ -131,3 +131,5 @@ def test_refuses_tokens_that_do_not_fit(name):
         router(torch.zeros(BATCH, TIME, WIDTH + 1), context())
     with pytest.raises(ValueError, match=r"mask is boolean, \[2, 7\]; got torch\.float32 \[2, 3\]"):
         router(tokens(), context(mask=torch.ones(BATCH, 3)))
+    with pytest.raises(ValueError, match=r"document_ids is integer, \[2, 7\]; got torch\.float32 \[2, 7\]"):
+        router(tokens(), replace(context(), document_ids=torch.ones(BATCH, TIME)))

@@ -22,16 +22,21 @@ def similarity(kind, u, v, weight):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_equals_its_definition(kind, is_causal):
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_equals_its_definition(kind, is_causal, is_packed):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
     weight = torch.randn(3, 3, dtype=torch.float64, generator=generator) if kind == "bilinear" else None
     mask = torch.tensor([[True, True, False, True, False], [True] * 5])
-    found = similarity_matrix(tokens, kind, 0.7, mask, is_causal=is_causal, weight=weight)
+    documents = torch.tensor([[3, 3, 3, 3, 1], [0, 0, 1, 0, 1]])
+    found = similarity_matrix(
+        tokens, kind, 0.7, mask, is_causal=is_causal, weight=weight, document_ids=documents if is_packed else None
+    )
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 5, dtype=torch.float64))
     for b in range(2):
         for i in range(5):
             others = [j for j in range(5) if (mask[b, j] or i == j) and (j <= i or not is_causal)]
+            others = [j for j in others if documents[b, j] == documents[b, i] or not is_packed]
             terms = {j: math.exp(similarity(kind, tokens[b, i], tokens[b, j], weight) / 0.7) for j in others}
             for j in range(5):
                 expected = terms.get(j, 0.0) / sum(terms.values())
@@ -65,6 +70,9 @@ def test_related_tokens_count_and_are_not_later():
     expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
     assert torch.equal(related_tokens(4, mask)[0], expected)
     assert related_tokens(4, is_causal=False).all()
+    documents = torch.tensor([[0, 0, 1, 1]])
+    expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    assert torch.equal(related_tokens(4, document_ids=documents)[0], expected)
 
 
 @pytest.mark.parametrize(
