@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_sizes, check_tokens
-from postern.experts.softmax_router import check_losses, route
+from postern.experts.softmax_router import LogitRouter
 from postern.experts.temperature_gate import GREATEST_TEMPERATURE, LEAST_TEMPERATURE, check_temperature
 from postern.precision import without_autocast
 
 
-class CosineRouter(nn.Module):
+class CosineRouter(LogitRouter):
     """``p = softmax(cos(W x, e) / temperature)``; the ``top_k`` largest choose, and weigh.
 
     Neither the length of a token nor that of an expert's direction e counts, and W leaves few dimensions; this is meant
@@ -52,19 +51,11 @@ class CosineRouter(nn.Module):
         z: float = 0.0,
         temperature: float = 0.3,
     ) -> None:
-        super().__init__()
-        check_sizes(width, num_experts, top_k)
-        check_losses(balance=balance, z=z)
+        super().__init__(width, num_experts, top_k, renormalises=renormalises, balance=balance, z=z)
         dimensions = max(2, num_experts // 2) if dimensions is None else dimensions
         if dimensions < 2:
             raise ValueError(f"a cosine needs at least 2 dimensions, got {dimensions}")
         check_temperature(temperature)
-        self.width = width
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.renormalises = top_k > 1 if renormalises is None else renormalises
-        self.balance = balance
-        self.z = z
         self.projection = nn.Linear(width, dimensions, bias=False)
         self.directions = nn.Parameter(torch.randn(num_experts, dimensions))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
@@ -81,23 +72,3 @@ class CosineRouter(nn.Module):
             projected = F.linear(tokens.to(dtype), self.projection.weight.to(dtype))
             directions = F.normalize(self.directions.to(dtype), dim=-1)
             return F.linear(F.normalize(projected, dim=-1), directions) / self.temperature.to(dtype)
-
-    def forward(self, tokens: Float[Tensor, "batch time width"], context: RoutingContext = NO_CONTEXT) -> Routing:
-        """See `postern.experts.Router`; of the context it uses the mask.
-
-        Raises:
-            ValueError: tokens or a mask that do not fit.
-        """
-        check_tokens(self, tokens, context)
-        return route(
-            self.logits(tokens),
-            self.top_k,
-            context,
-            renormalises=self.renormalises,
-            balance=self.balance,
-            z=self.z,
-        )
-
-    def extra_repr(self) -> str:
-        """Return what the printed module says of its settings."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, balance={self.balance}, z={self.z}"

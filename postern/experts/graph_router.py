@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from postern.attention.self_attention import attention_weights
 from postern.experts.propagation import propagate, propagate_with_sdpa, related_tokens, sharpest_head
-from postern.experts.routing import (
-    NO_CONTEXT,
-    Routing,
-    RoutingContext,
-    balance_loss,
-    check_tokens,
-    router_z_loss,
-)
+from postern.experts.routing import NO_CONTEXT, Routing, RoutingContext, check_tokens
 from postern.experts.similarity import Similarity, check_similarity, similarity_matrix
 from postern.experts.softmax_router import SoftmaxRouter, choose
 from postern.precision import without_autocast
@@ -326,12 +319,9 @@ class TokenGraphRouter(SoftmaxRouter):
             weights, order = choose(own.gather(-1, indices), self.top_k, renormalises=self.renormalises)
             indices = indices.gather(-1, order)
         if self.balances == "own":
-            loss = balance_loss(own, own.topk(self.top_k, dim=-1).indices, context.mask)
+            loss = self.auxiliary_loss(logits, own, own.topk(self.top_k, dim=-1).indices, context)
         else:
-            loss = balance_loss(mixed, indices, context.mask)
-        loss = self.balance * loss
-        if self.z:
-            loss = loss + self.z * router_z_loss(logits, context.mask)
+            loss = self.auxiliary_loss(logits, mixed, indices, context)
         return Routing(weights, indices, loss, mixed)
 
 

@@ -38,34 +38,74 @@ def choose(
     return weights, indices
 
 
-def route(
-    logits: Float[Tensor, "batch time num_experts"],
-    top_k: int,
-    context: RoutingContext,
-    *,
-    renormalises: bool,
-    balance: float,
-    z: float,
-) -> Routing:
-    """The routing by the softmax of logits.
+class LogitRouter(nn.Module):
+    """``p = softmax(logits(x))``; the ``top_k`` largest choose, and weigh. What routers by logits share.
 
     Args:
-        logits: of all experts.
-        top_k: how many are chosen.
-        context: of which the mask says who counts in the losses.
-        renormalises: see `choose`.
-        balance: weight of `balance_loss` in the auxiliary loss.
-        z: weight of `router_z_loss` in the auxiliary loss.
+        width: features of a token.
+        num_experts: how many there are to choose from.
+        top_k: experts of a token.
+        renormalises: see `SoftmaxRouter`, as for the next ones.
+        balance: see `SoftmaxRouter`.
+        z: see `SoftmaxRouter`.
+
+    Raises:
+        ValueError: sizes below 1, more experts a token than there are, or negative weights of losses.
     """
-    probabilities = logits.softmax(-1)
-    weights, indices = choose(probabilities, top_k, renormalises=renormalises)
-    loss = balance * balance_loss(probabilities, indices, context.mask)
-    if z:
-        loss = loss + z * router_z_loss(logits, context.mask)
-    return Routing(weights, indices, loss, probabilities)
+
+    def __init__(
+        self, width: int, num_experts: int, top_k: int, *, renormalises: bool | None, balance: float, z: float
+    ) -> None:
+        super().__init__()
+        check_sizes(width, num_experts, top_k)
+        check_losses(balance=balance, z=z)
+        self.width = width
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalises = top_k > 1 if renormalises is None else renormalises
+        self.balance = balance
+        self.z = z
+
+    def logits(self, tokens: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time num_experts"]:
+        """Before softmax, in float32 at least."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Float[Tensor, "batch time width"], context: RoutingContext = NO_CONTEXT) -> Routing:
+        """See `postern.experts.Router`; of the context it uses the mask.
+
+        Raises:
+            ValueError: tokens or a mask that do not fit.
+        """
+        check_tokens(self, tokens, context)
+        logits = self.logits(tokens)
+        probabilities = logits.softmax(-1)
+        weights, indices = choose(probabilities, self.top_k, renormalises=self.renormalises)
+        return Routing(weights, indices, self.auxiliary_loss(logits, probabilities, indices, context), probabilities)
+
+    def auxiliary_loss(
+        self,
+        logits: Float[Tensor, "batch time num_experts"],
+        probabilities: Float[Tensor, "batch time num_experts"],
+        indices: Int[Tensor, "batch time top_k"],
+        context: RoutingContext,
+    ) -> Float[Tensor, ""]:
+        """The weighted sum of `balance_loss` and `router_z_loss`.
+
+        Args:
+            logits: of all experts.
+            probabilities: of all experts.
+            indices: the chosen ones.
+            context: of which the mask says who counts.
+        """
+        loss = self.balance * balance_loss(probabilities, indices, context.mask)
+        return loss + self.z * router_z_loss(logits, context.mask) if self.z else loss
+
+    def extra_repr(self) -> str:
+        """Return what the printed module says of its settings."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, balance={self.balance}, z={self.z}"
 
 
-class SoftmaxRouter(nn.Module):
+class SoftmaxRouter(LogitRouter):
     """``p = softmax(W x)``; the ``top_k`` largest choose, and weigh.
 
     Probabilities are computed in float32 at least, also under autocast.
@@ -98,17 +138,9 @@ class SoftmaxRouter(nn.Module):
         z: float = 0.0,
         temperature: float = 1.0,
     ) -> None:
-        super().__init__()
-        check_sizes(width, num_experts, top_k)
-        check_losses(balance=balance, z=z)
+        super().__init__(width, num_experts, top_k, renormalises=renormalises, balance=balance, z=z)
         if not temperature > 0:
             raise ValueError(f"a temperature is positive, got {temperature}")
-        self.width = width
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.renormalises = top_k > 1 if renormalises is None else renormalises
-        self.balance = balance
-        self.z = z
         self.temperature = temperature
         self.gate = nn.Linear(width, num_experts, bias=bias)
 
@@ -118,26 +150,6 @@ class SoftmaxRouter(nn.Module):
             dtype = torch.promote_types(tokens.dtype, torch.float32)
             weight, bias = self.gate.weight.to(dtype), None if self.gate.bias is None else self.gate.bias.to(dtype)
             return nn.functional.linear(tokens.to(dtype), weight, bias) / self.temperature
-
-    def forward(self, tokens: Float[Tensor, "batch time width"], context: RoutingContext = NO_CONTEXT) -> Routing:
-        """See `postern.experts.Router`; of the context it uses the mask.
-
-        Raises:
-            ValueError: tokens or a mask that do not fit.
-        """
-        check_tokens(self, tokens, context)
-        return route(
-            self.logits(tokens),
-            self.top_k,
-            context,
-            renormalises=self.renormalises,
-            balance=self.balance,
-            z=self.z,
-        )
-
-    def extra_repr(self) -> str:
-        """Return what the printed module says of its settings."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, balance={self.balance}, z={self.z}"
 
 
 def check_losses(**weights: float) -> None:
