@@ -48,19 +48,38 @@ def test_xmoe_differs_in_its_routers_alone():
 def test_options_are_arms_of_their_own():
     run = Run(seed=3, scale="smoke")
     found = paper.gains_by_some_option(dataclasses.replace(TINY, rate=1e-2), run)
-    losses = [found[f"loss_{arm}"] for arm in ("plain", *paper._OPTIONS)]
+    losses = [found[f"loss_{arm}"] for arm in ("plain_first", *paper._OPTIONS)]
     assert len(set(losses)) == len(losses)
     (rows,) = run.tables.values()
-    best = min(rows[1:], key=lambda row: row["validation loss"])
-    assert found["loss_best"] == best["test loss"]
+    plain, others = rows[:9], rows[9:]
+    assert len(plain) == len(others) == len(paper._OPTIONS)
+    assert all(row["router"].startswith("plain") for row in plain)
+    assert len({row["test loss"] for row in plain}) == 9
+    for name, tries in (("plain", plain), ("best", others)):
+        assert found[f"loss_{name}"] == min(tries, key=lambda row: row["validation loss"])["test loss"]
 
 
-def test_xmoe_is_shown_where_the_setting_says():
-    found = [
-        paper.lowers_the_loss(dataclasses.replace(TINY, steps=1, shows_xmoe=shows), RUN) for shows in (True, False)
-    ]
-    assert found[0].keys() - found[1].keys() == {"loss_xmoe"}
-    assert all(found[0][name] == value for name, value in found[1].items())
+def test_the_first_start_is_that_of_all_arms_and_the_others_are_no_other_runs(corpus):
+    first = paper._build(TINY, "plain", corpus.num_tokens, RUN.seed).state_dict()
+    untrained = dataclasses.replace(TINY, steps=1, rate=1e-12)
+    starts = [paper._train(untrained, "plain", corpus, RUN, start=start).model for start in (0, 1, 2)]
+    weights = [model.state_dict()["embedding.weight"] for model in starts]
+    torch.testing.assert_close(weights[0], first["embedding.weight"])
+    assert not torch.allclose(weights[1], weights[0], atol=1e-3)
+    assert not torch.allclose(weights[2], weights[1], atol=1e-3)
+    other = paper._train(untrained, "plain", corpus, Run(seed=4, scale="smoke")).model.state_dict()
+    assert not any(torch.allclose(each, other["embedding.weight"], atol=1e-3) for each in weights)
+
+
+def test_xmoe_is_shown_beside_graphs_of_which_the_better_one_on_validation_text_is_compared():
+    run = Run(seed=3, scale="smoke")
+    found = paper.lowers_the_loss(dataclasses.replace(TINY, rate=1e-2), run)
+    (rows,) = run.tables.values()
+    by_router = {row["router"]: row for row in rows}
+    assert found["loss_xmoe"] == by_router["XMoE"]["test loss"] != found["loss_plain"]
+    better = min(("similarity-aware", "attention-aware"), key=lambda name: by_router[name]["validation loss"])
+    assert found["loss_graph"] == by_router[better]["test loss"]
+    assert found["is_attention"] == (better == "attention-aware")
 
 
 def test_arms_see_the_same_windows(corpus):
