@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.claims.comparison import Member, Quantity
@@ -23,6 +24,7 @@ from postern.experts import (
     MixtureOfExperts,
     RandomRouter,
     Router,
+    Routing,
     SoftmaxRouter,
     StochasticRouter,
     TokenGraphRouter,
@@ -40,6 +42,7 @@ _PROBED_WINDOWS = 16
 LOAD = Quantity("load_entropy", "entropy of the experts' load, % of an even one", higher_is_better=True, scale=100.0)
 ROUTING = Quantity("routing_entropy", "entropy of a word's routing, % of an even one", scale=100.0)
 ACTIVE = Quantity("active_experts", "experts at work for a word")
+ACTIVE_IN_TRAINING = Quantity("active_experts_in_training", "experts at work for a word, mean over training")
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,19 @@ class Routed(Learner):
         self.network = ExpertLanguageModel(
             num_words, experts, WIDTH, LAYERS, HEADS, context, feedforward_dim=entry.hidden_dim or None
         )
+        self._at_work: list[int] = []  # experts of a word, in each layer and pass of the training
+        for layer in self.network.modules():
+            if isinstance(layer, MixtureOfExperts):
+                layer.register_forward_hook(self._count)
+
+    def _count(self, layer: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Routing]) -> None:
+        if layer.training:
+            self._at_work.append(output[1].indices.shape[-1])
+
+    @property
+    def active_in_training(self) -> float:
+        """Experts that worked for a word, the mean over layers and steps; 0 before training and without experts."""
+        return sum(self._at_work) / max(1, len(self._at_work))
 
     def set_progress(self, share: float) -> None:
         """Let the temperature fall."""
@@ -176,9 +192,9 @@ def build(name: str, problem: Problem, rate: float) -> Routed:
 
 @torch.no_grad()
 def examine(learner: Learner, problem: Problem) -> dict[str, float]:
-    """How evenly experts are used, and how decided routers are, over the layers; nothing without experts."""
-    network = learner.get_submodule("network")
-    assert isinstance(network, ExpertLanguageModel)
+    """How evenly experts are used, how decided routers are and how many experts work, over layers; none, nothing."""
+    assert isinstance(learner, Routed)
+    network = learner.network
     device = next(learner.parameters()).device
     learner.eval()
     _, routings = network.route(problem.batches("test")[0][0][:_PROBED_WINDOWS].to(device))
@@ -191,6 +207,7 @@ def examine(learner: Learner, problem: Problem) -> dict[str, float]:
         "load_entropy": float(torch.stack(load).mean()) / math.log(EXPERTS),
         "routing_entropy": float(torch.stack(decided).mean()) / math.log(EXPERTS),
         "active_experts": float(torch.stack(active).mean()),
+        "active_experts_in_training": learner.active_in_training,
     }
 
 
@@ -211,6 +228,6 @@ CONTEST = make_contest(
     text_quality=CROSS_ENTROPY,
     build=build,
     prepare=prepare,
-    examined=(LOAD, ROUTING, ACTIVE),
+    examined=(LOAD, ROUTING, ACTIVE, ACTIVE_IN_TRAINING),
     examine=examine,
 )

@@ -12,7 +12,7 @@ from postern.compare import adaptive, attention, experts
 from postern.compare.problems import digest_of, kind_of, problem_of
 from postern.compare.transformer import Transformer
 from postern.data import load_own_splits
-from postern.experts import TemperatureGate
+from postern.experts import MixtureOfExperts, TemperatureGate
 from postern.papers import find
 
 
@@ -159,15 +159,33 @@ def test_routers_are_examined_and_their_temperature_falls(text_file: str) -> Non
     found = {name: contest.train(name, chosen, run) for name in ("dense", "softmax", "switch", "random")}
     assert "load_entropy" not in found["dense"]
     for name, active in (("softmax", 2), ("switch", 1), ("random", 2)):
-        assert found[name]["active_experts"] == active
+        assert found[name]["active_experts"] == found[name]["active_experts_in_training"] == active
         assert 0 < found[name]["load_entropy"] <= 1.0001
     assert found["random"]["load_entropy"] > 0.99
+    falling = contest.train("dense-to-sparse", chosen, run)
+    assert falling["active_experts"] == 2 < falling["active_experts_in_training"] < experts.EXPERTS
     learner = experts.build("dense-to-sparse", experts.prepare(problem_of(chosen)), 1e-3)
     gates = [gate for gate in learner.modules() if isinstance(gate, TemperatureGate)]
     assert len(gates) == experts.LAYERS
     for share, temperature in ((0.0, 2.0), (0.5, 1.15), (1.0, 0.3)):
         learner.set_progress(share)
         assert all(gate.temperature.item() == pytest.approx(temperature) for gate in gates)
+
+
+def test_experts_at_work_are_counted_in_training_alone(text_file: str) -> None:
+    problem = experts.prepare(problem_of(setting(compare.find("experts"), text_file)))
+    inputs, target = problem.batches("test")[0]
+    learner = experts.build("dense-to-sparse", problem, 1e-3)
+    routers = [layer.router for layer in learner.modules() if isinstance(layer, MixtureOfExperts)]
+    assert learner.active_in_training == 0
+    for sizes in ((8, 4), (2, 2)):
+        for router, size in zip(routers, sizes, strict=True):
+            router.top_k, router.threshold = size, 0.999
+        learner.loss(inputs, target)
+    assert learner.active_in_training == 4
+    learner.eval()
+    learner.loss(inputs, target)
+    assert learner.active_in_training == 4
 
 
 def test_auxiliary_losses_count_in_training_alone(text_file: str) -> None:
