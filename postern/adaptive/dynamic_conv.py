@@ -65,7 +65,7 @@ class DynamicConvBlock(nn.Module):
         rule: "mass" or "uniform", for the targets.
 
     Raises:
-        ValueError: other groups or padding, or an unknown mode or rule.
+        ValueError: other groups or padding, an unknown mode or rule, or a share that the rule does not take.
     """
 
     def __init__(
@@ -86,9 +86,29 @@ class DynamicConvBlock(nn.Module):
         if mode not in get_args(Mode) or rule not in get_args(Rule):
             raise ValueError(f"mode is one of {get_args(Mode)}, rule of {get_args(Rule)}, got {mode!r} and {rule!r}")
         self.conv, self.bn, self.act, self.predictor = conv, bn, act, predictor
-        self.keep, self.mode, self.rule = keep, mode, rule
+        self.mode, self.rule = mode, rule
+        self.keep = keep
         self.execute: Execution = "masked"
         self._folded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keep(self) -> float:
+        """The share by which targets are made; setting one that the rule does not take raises ValueError."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: float) -> None:
+        if self.rule == "mass" and not keep <= 1:
+            raise ValueError(
+                f"by the mass rule keep is the share of the activation to keep, at most 1, got {keep}: "
+                "1 drops only what is dead, a negative number keeps every filter"
+            )
+        if self.rule == "uniform" and not 0 <= keep <= 1:
+            raise ValueError(
+                f"by the uniform rule keep is the share of the filters to drop, in [0, 1], got {keep}: 0 drops only "
+                "what is dead"
+            )
+        self._keep = keep
 
     @property
     def is_depthwise(self) -> bool:
@@ -103,7 +123,7 @@ class DynamicConvBlock(nn.Module):
             execute: "masked", "gathered" or "unpruned".
 
         Raises:
-            ValueError: another word.
+            ValueError: another word, or gathered execution of a normalisation without running statistics.
         """
         if execute not in get_args(Execution):
             raise ValueError(f"execution is one of {get_args(Execution)}, got {execute!r}")
@@ -153,7 +173,10 @@ class DynamicConvBlock(nn.Module):
             return weight.detach().clone(), shift.detach().clone()
         mean, variance = self.bn.running_mean, self.bn.running_var
         if mean is None or variance is None:
-            raise ValueError("gathered execution folds running statistics into the weights; the normalisation has none")
+            raise ValueError(
+                "gathered execution folds running statistics into the weights, and the normalisation has none: make it "
+                "with track_running_stats=True, or stay with set_execution('masked')"
+            )
         scale = (variance + self.bn.eps).rsqrt()
         scale = scale if self.bn.weight is None else scale * self.bn.weight
         shift = (shift - mean) * scale

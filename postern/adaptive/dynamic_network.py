@@ -108,6 +108,9 @@ class DynamicNetwork(nn.Module):
 
         Args:
             keep: see `DynamicConvBlock`.
+
+        Raises:
+            ValueError: a share that the rule does not take.
         """
         for block in self.blocks:
             block.keep = keep
@@ -144,7 +147,7 @@ def convert_to_dynamic(
         rule: see `DynamicConvBlock`.
 
     Raises:
-        ValueError: an unknown option, or no convolution that can be dynamic.
+        ValueError: an unknown option, a share that the rule does not take, or no convolution that can be dynamic.
     """
     if residual not in get_args(Residual):
         raise ValueError(f"residual is one of {get_args(Residual)}, got {residual!r}")

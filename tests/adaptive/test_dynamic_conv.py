@@ -42,6 +42,15 @@ def block(kind="plain", seed=0, **options):
     return DynamicConvBlock(conv, bn, nn.ReLU(), predictor, 0.8, **options).eval()
 
 
+def block_with(keep, rule):
+    return DynamicConvBlock(nn.Conv2d(6, 5, 3), None, None, MaskPredictor(6, 5), keep, rule=rule)
+
+
+def statistics_free():
+    bn = nn.BatchNorm2d(5, track_running_stats=False)
+    return DynamicConvBlock(nn.Conv2d(6, 5, 3), bn, None, MaskPredictor(6, 5), 0.8).eval()
+
+
 def inputs(samples=12, seed=1):
     """Inputs of which some channels are off, and which."""
     generator = torch.Generator().manual_seed(seed)
@@ -192,6 +201,11 @@ def test_the_mask_carries_no_gradient_to_the_predictor(mode):
         (lambda: block(mode="both"), "'both'"),
         (lambda: block(rule="top"), "'top'"),
         (lambda: block().set_execution("fast"), "'fast'"),
+        *(
+            (lambda rule=rule, keep=keep: block_with(keep, rule), f"by the {rule} rule keep is .*got {keep}: ")
+            for rule, keep in (("mass", 1.5), ("mass", math.nan), ("uniform", -0.1), ("uniform", 1.1))
+        ),
+        (lambda: statistics_free().set_execution("gathered"), "track_running_stats=True.*set_execution"),
         (lambda: MaskPredictor(0, 1), "0 and 1"),
         (lambda: MaskPredictor(1, 1, "min"), "'min'"),
     ],

@@ -190,6 +190,12 @@ def test_reports_need_masks():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="'after'"):
         convert_to_dynamic(build("conv"), 0.5, residual="after")
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        convert_to_dynamic(build("conv"), 1.5)
+    model = dynamic("conv")
+    with pytest.raises(ValueError, match="got nan"):
+        model.set_keep(math.nan)
+    assert [block.keep for block in model.blocks] == [0.8] * 3
     with pytest.raises(ValueError, match="no convolution"):
         convert_to_dynamic(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="got none"):
