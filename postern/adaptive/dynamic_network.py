@@ -180,8 +180,7 @@ def convert_to_dynamic(
         for old in reversed(found.nodes):
             graph.erase_node(old)
         reports.append(report)
-        if found.is_masked_at_the_end:
-            active[output] = mask
+        active[output] = mask
     if not reports:
         raise ValueError("no convolution followed by batch normalisation was found that can be dynamic")
     (end,) = (node for node in graph.nodes if node.op == "output")
@@ -211,7 +210,6 @@ class _Pattern:
         self.nodes, self.bn = nodes, bn
         self.act: nn.Module | None = None
         self.residual: fx.Node | None = None
-        self.is_masked_at_the_end = True
 
     @classmethod
     def at(cls, node: fx.Node, modules: Mapping[str, nn.Module], residual: Residual) -> _Pattern | None:
