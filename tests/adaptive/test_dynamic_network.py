@@ -224,6 +224,25 @@ def test_slim_is_the_network_with_filters_silenced():
     assert [stage[0].out_channels for stage in slim.stages] == [4, 5, 3]
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_torch_pruning_makes_the_same_network(seed):
+    tp = pytest.importorskip("torch_pruning")
+    network, kept = build("conv", seed), (4, 5, 3)
+
+    def pruned(importance):
+        other = copy.deepcopy(network)
+        shares = {stage[0]: 1 - width / stage[0].out_channels for stage, width in zip(other.stages, kept, strict=True)}
+        pruner = tp.pruner.BasePruner(other, IMAGES, importance, pruning_ratio_dict=shares, ignored_layers=[other.head])
+        pruner.step()
+        return other.state_dict()
+
+    ours = slim_conv_net(network, kept).state_dict()
+    by_l1_norm = tp.importance.GroupMagnitudeImportance(p=1, normalizer=None, group_reduction="first")
+    torch.testing.assert_close(pruned(by_l1_norm), dict(ours), atol=0, rtol=0)
+    default = pruned(tp.importance.GroupMagnitudeImportance())
+    assert any(not torch.equal(default[name], value) for name, value in ours.items())
+
+
 def test_largest_filters():
     weight = torch.tensor([1.0, -5.0, 3.0])[:, None, None, None]
     assert largest_filters(weight, 2).tolist() == [1, 2]
