@@ -3,6 +3,7 @@
 from postern.data._catalogue import DataSet, catalogue
 from postern.data.algorithmic import AlgorithmicSplit, modular_arithmetic, sparse_parity
 from postern.data.associative_recall import PairedRecall, Recall, multi_query_recall, paired_recall
+from postern.data.augmentation import shift_and_mirror
 from postern.data.backcopy import BigramBackcopy
 from postern.data.detections import Detections, simulated_detections
 from postern.data.errors import DataUnavailable, InvalidData
@@ -57,6 +58,7 @@ __all__ = [
     "read_xmc_folder",
     "see_also",
     "segment_copies",
+    "shift_and_mirror",
     "simulated_detections",
     "sparse_parity",
     "split_rows",

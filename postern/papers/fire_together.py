@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -27,7 +27,7 @@ from postern.adaptive import (
     slim_conv_net,
 )
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Given, Metrics, Paper, Ratio, Run
-from postern.data import ImageName, load
+from postern.data import ImageName, load, shift_and_mirror
 from postern.nets import ConvNet, evaluating
 
 PAPER = Paper(
@@ -201,7 +201,7 @@ class Study:
 
     def train(self, network: nn.Module, epochs: int, rate: float) -> nn.Module:
         """Train a network of any kind from where it is, and return it."""
-        setting, generator = self.setting, self.run.generator(1)
+        setting, generator, augment = self.setting, self.run.generator(1), self.augmentation()
         optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=5e-4)
         steps = epochs * -(-len(self.labels) // setting.batch)
         schedule: torch.optim.lr_scheduler.LRScheduler
@@ -215,23 +215,17 @@ class Study:
             order = torch.randperm(len(self.labels), generator=generator).to(self.images.device)
             for rows in torch.split(order, setting.batch):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(network(self.augmented(self.images[rows])), self.labels[rows])
+                loss = F.cross_entropy(network(augment(self.images[rows])), self.labels[rows])
                 torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
         return network.eval()
 
-    def augmented(self, images: Tensor) -> Tensor:
-        """Crops and mirrored images, each drawn anew, where the setting wants them."""
+    def augmentation(self) -> Callable[[Tensor], Tensor]:
+        """What changes a batch of images before each use: the same draws in every training."""
         if not self.setting.augmentation:
-            return images
-        side, margin, device = self.setting.side, self.setting.side // 8, images.device
-        starts = torch.randint(2 * margin + 1, (2, len(images), 1), device=device)
-        down, right = starts + torch.arange(side, device=device)
-        image = torch.arange(len(images), device=device)[:, None, None]
-        padded = F.pad(images, [margin] * 4).permute(0, 2, 3, 1)
-        cropped = padded[image, down[:, :, None], right[:, None, :]].permute(0, 3, 1, 2)
-        return torch.where(torch.rand(len(images), 1, 1, 1, device=device) < 0.5, cropped.flip(-1), cropped)
+            return lambda images: images
+        return partial(shift_and_mirror, margin=self.setting.side // 8, generator=self.run.generator(3))
 
     def dynamic(self, keep: float) -> DynamicNetwork:
         """A dynamic network from the dense one, trained."""
@@ -251,7 +245,7 @@ class Study:
             backbone_lr=self.setting.backbone_lr,
             predictor_lr=self.setting.predictor_lr,
             batch_size=self.setting.batch,
-            augment=self.augmented if self.setting.augmentation else None,
+            augment=self.augmentation(),
             generator=self.run.generator(2),
         )
 

@@ -42,7 +42,7 @@ from postern.adaptive import (
     select_exits,
 )
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Given, Metrics, Paper, Ratio, Run, Within
-from postern.data import ImageName, load
+from postern.data import ImageName, load, shift_and_mirror
 from postern.nets import ResidualMLP, ResNet
 
 PAPER = Paper(
@@ -259,7 +259,7 @@ class Photographs:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps)
         for _ in run.progress(range(self.epochs), "training the backbone"):
             for batch in torch.split(torch.randperm(len(labels), generator=generator), self.batch):
-                moved = _augmented(images[batch.to(run.device)], generator)
+                moved = shift_and_mirror(images[batch.to(run.device)], 4, generator)
                 optimizer.zero_grad()
                 with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
                     loss = F.cross_entropy(backbone(moved), labels[batch.to(run.device)])
@@ -270,15 +270,6 @@ class Photographs:
         model = EarlyExitModel(backbone, exits, train.num_classes, (64, 64, 128, 128, 256, 256, 512)).to(run.device)
         parts = [(each.scaled() - 0.5, each.labels) for each in (learning, validation, test)]
         return _warmed_up(model, parts, self.joint, run)
-
-
-def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops after padding by four pixels, one for the batch, and mirrored halves of it."""
-    down, right = torch.randint(9, (2,), generator=generator).tolist()
-    side = images.shape[-1]
-    cropped = F.pad(images, (4, 4, 4, 4))[:, :, down : down + side, right : right + side]
-    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
-    return torch.where(mirrored[:, None, None, None], cropped.flip(-1), cropped)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from postern.anomaly import (
     ood_metrics,
 )
 from postern.claims import AllOf, AtLeast, Difference, Metrics, Paper, Run
-from postern.data import Images, load
+from postern.data import Images, load, shift_and_mirror
 from postern.nets import ConvNet, ResNet, evaluating, resnet34
 from postern.robust import ascend, bim, carlini_wagner_l2, deepfool, fgsm
 
@@ -700,7 +700,9 @@ def _train(network: nn.Module, images: Tensor, labels: Tensor, setting: Classifi
         total = torch.zeros((), device=run.device)
         for index in torch.split(torch.randperm(len(images), generator=generator), setting.batch):
             index = index.to(run.device)
-            batch = _augmented(images[index], generator) if setting.augmentation else images[index]
+            batch = images[index]
+            if setting.augmentation:
+                batch = shift_and_mirror(batch, batch.shape[2] // 8, generator)
             loss = F.cross_entropy(network(batch), labels[index])
             optimizer.zero_grad()
             torch.autograd.backward(loss)
@@ -709,20 +711,6 @@ def _train(network: nn.Module, images: Tensor, labels: Tensor, setting: Classifi
             total += loss.detach() * len(index)
         run.log(epoch, training_loss=total.item() / len(images))
     network.eval()
-
-
-def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image shifted by up to an eighth of its side and mirrored or not."""
-    count, _, height, width = images.shape
-    margin = height // 8
-    rows, columns = torch.randint(2 * margin + 1, (2, count, 1), generator=generator).to(images.device)
-    is_mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
-    down = torch.arange(height, device=images.device) + rows
-    across = torch.arange(width, device=images.device)
-    across = torch.where(is_mirrored, across.flip(0), across) + columns
-    padded = F.pad(images, [margin] * 4)
-    samples = torch.arange(count, device=images.device)[:, None, None]
-    return padded[samples, :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _predictions(network: nn.Module, images: Tensor, device: torch.device) -> Tensor:

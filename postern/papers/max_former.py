@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from postern.claims import AllOf, AtLeast, AtMost, Difference, Metrics, Paper, Ratio, Run
-from postern.data import ImageName, load
+from postern.data import ImageName, load, shift_and_mirror
 from postern.nets import evaluating
 from postern.spiking import (
     IF,
@@ -685,7 +685,7 @@ def _trained(network: nn.Module, data: _Data, config: Classification, run: Run, 
         for index in torch.split(order, config.batch):
             images, target = data.train[index], F.one_hot(data.train_labels[index], data.num_classes).float()
             if config.shift:
-                images = _moved(images, config.shift, generator)
+                images = shift_and_mirror(images, config.shift, generator)
             if epoch < config.mixup_epochs:
                 images, target = _mixed(images, target, config.mixup, generator)
             images = images.to(data.device, memory_format=torch.channels_last)
@@ -705,17 +705,6 @@ def _rate(epoch: float, epochs: int, warm_up_epochs: float, final: float) -> flo
         return (1 + epoch * 99 / warm_up_epochs) / 100
     share = (epoch - warm_up_epochs) / (epochs - warm_up_epochs)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def _moved(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Every image moved by up to ``shift`` pixels in both directions, and mirrored or not."""
-    count, _, height, width = images.shape
-    across, down = torch.randint(-shift, shift + 1, (2, count), generator=generator)
-    sign = 1 - 2 * torch.randint(2, (count,), generator=generator).float()
-    zero, one = torch.zeros(count), torch.ones(count)
-    rows = torch.stack([sign, zero, 2 * across / width]), torch.stack([zero, one, 2 * down / height])
-    grid = F.affine_grid(torch.stack(rows).permute(2, 0, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
 def _mixed(images: Tensor, target: Tensor, alpha: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -41,22 +41,6 @@ def test_random_masks_have_the_density():
     assert len(masks.unique(dim=0)) == 2
 
 
-def test_each_image_has_its_own_crop():
-    setting = Setting(side=8, augmentation=True)
-    images = torch.randn(40, 3, 8, 8)
-    study = Study(setting, Run(0, "smoke"), ConvNet(3, 10, (4,)), *[images, torch.zeros(40)] * 2)
-    torch.manual_seed(0)
-    found = study.augmented(images)
-    padded = torch.nn.functional.pad(images, [1] * 4)
-    chosen = set()
-    for before, after in zip(padded, found, strict=True):
-        crops = [before[:, down : down + 8, right : right + 8] for down in range(3) for right in range(3)]
-        which = [torch.equal(after, crop) for crop in (*crops, *(crop.flip(-1) for crop in crops))]
-        assert sum(which) == 1
-        chosen.add(which.index(True))
-    assert len(chosen) > 9
-
-
 def test_rates_fall_where_the_setting_says(monkeypatch):
     seen = []
     step = torch.optim.SGD.step

@@ -24,21 +24,6 @@ def test_the_rate_warms_up_and_falls_along_a_cosine():
     assert paper._rate(0, 10, 0, 0.0) == 1
 
 
-def test_moved_images_are_moved_by_whole_pixels_and_mirrored():
-    image = torch.rand(1, 2, 6, 6) + 1
-    padded = nn.functional.pad(image, [2] * 4)
-    possible = [
-        each[..., row : row + 6, column : column + 6]
-        for each in (padded, padded.flip(-1))
-        for row in range(5)
-        for column in range(5)
-    ]
-    moved = paper._moved(image.expand(200, -1, -1, -1), 2, torch.Generator().manual_seed(0))
-    which = [[k for k, other in enumerate(possible) if torch.equal(each, other[0])] for each in moved]
-    assert all(len(found) == 1 for found in which)
-    assert len({found[0] for found in which}) > 40
-
-
 def test_mixup_mixes_images_and_targets_in_the_same_share():
     images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 2, 2)
     target = torch.eye(8)
