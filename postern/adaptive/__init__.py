@@ -30,7 +30,7 @@ from postern.adaptive.exit_policy import (
     select_exits,
 )
 from postern.adaptive.exit_thresholds import calibrate_thresholds, geometric_exit_fractions
-from postern.adaptive.ftwt import FTWTTrainer, mask_loss
+from postern.adaptive.ftwt import FTWTTrainer, mask_loss, milestone_schedule
 from postern.adaptive.jei_dnn import (
     ExitLoss,
     JEIDNNTrainer,
@@ -89,6 +89,7 @@ __all__ = [
     "largest_filters",
     "mask_loss",
     "measure_flops_reduction",
+    "milestone_schedule",
     "positive_weights",
     "replay_exits",
     "seconds_per_sample",

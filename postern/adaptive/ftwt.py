@@ -23,6 +23,7 @@ from postern.adaptive.dynamic_network import DynamicNetwork
 from postern.nets import evaluating
 
 PredictorTarget = Literal["filters", "ones"]
+Schedule = Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]
 
 
 def mask_loss(reports: Sequence[BlockReport]) -> Float[Tensor, ""]:
@@ -43,11 +44,29 @@ def mask_loss(reports: Sequence[BlockReport]) -> Float[Tensor, ""]:
     return torch.stack(losses).mean()
 
 
+def milestone_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, milestones: Sequence[float] = (0.405, 0.61, 0.755)
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """A rate that falls tenfold at each milestone; by default after 81, 122 and 151 of 200 epochs, as in the paper.
+
+    Args:
+        optimizer: whose rates fall.
+        steps: of the whole training.
+        milestones: shares of the steps.
+
+    Raises:
+        ValueError: a milestone outside [0, 1].
+    """
+    if not all(0 <= share <= 1 for share in milestones):
+        raise ValueError(f"milestones are shares of the training, between 0 and 1, got {list(milestones)}")
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(share * steps) for share in milestones])
+
+
 class FTWTTrainer:
     """Trains a dynamic network from a trained dense one.
 
-    Two optimisers, both stochastic gradient descent with momentum 0.9: the backbone's rate falls by ten at each
-    milestone and has weight decay, the predictors' rate is constant without.
+    Two optimisers, both stochastic gradient descent with momentum 0.9: the backbone's rate follows a schedule and has
+    weight decay, the predictors' rate is constant without.
 
     Args:
         model: trained in place, in masked execution.
@@ -55,14 +74,15 @@ class FTWTTrainer:
         backbone_lr: initial learning rate of all but the predictors.
         predictor_lr: learning rate of the predictors.
         weight_decay: of the backbone.
-        milestones: shares of the epochs after which the backbone's rate falls.
+        schedule: makes, in each call of `fit`, what changes the backbone's rate after every step, from its optimiser
+            and the number of steps: one of PyTorch's schedulers.
         cooldown: share of the epochs, the last ones, in which the predictors are left alone.
         batch_size: samples in a batch.
         augment: changes a batch of inputs before each use; none if None.
         generator: of the order of the samples; the global one if None.
 
     Raises:
-        ValueError: sizes below 1, or a share outside [0, 1].
+        ValueError: sizes below 1, or a cooldown outside [0, 1].
     """
 
     def __init__(
@@ -73,19 +93,19 @@ class FTWTTrainer:
         backbone_lr: float = 1e-2,
         predictor_lr: float = 0.1,
         weight_decay: float = 5e-4,
-        milestones: Sequence[float] = (0.405, 0.61, 0.755),
+        schedule: Schedule = milestone_schedule,
         cooldown: float = 0.5,
         batch_size: int = 128,
         augment: Callable[[Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if epochs < 1 or batch_size < 1 or not all(0 <= share <= 1 for share in (cooldown, *milestones)):
+        if epochs < 1 or batch_size < 1 or not 0 <= cooldown <= 1:
             raise ValueError(
-                "epochs and batch_size are positive, cooldown and milestones shares, got "
-                f"epochs={epochs}, batch_size={batch_size}, cooldown={cooldown}, milestones={list(milestones)}"
+                "epochs and batch_size are positive, cooldown is a share of the epochs, between 0 and 1, got "
+                f"epochs={epochs}, batch_size={batch_size}, cooldown={cooldown}"
             )
         self.model, self.epochs, self.batch_size = model, epochs, batch_size
-        self.milestones, self.cooldown = tuple(milestones), cooldown
+        self.schedule, self.cooldown = schedule, cooldown
         self.augment, self.generator = augment, generator
         self.backbone_lr = backbone_lr
         self.backbone = torch.optim.SGD(model.backbone_parameters(), backbone_lr, 0.9, weight_decay=weight_decay)
@@ -153,11 +173,12 @@ class FTWTTrainer:
         if len(inputs) != len(labels) or not len(labels):
             raise ValueError(f"each sample has a label, got {len(inputs)} samples and {len(labels)} labels")
         self.model.set_execution("masked").train()
+        # The scheduler of an earlier call may have left another rate.
+        self.backbone.param_groups[0]["lr"] = self.backbone_lr
+        schedule = self.schedule(self.backbone, self.epochs * math.ceil(len(labels) / self.batch_size))
         history = []
         for epoch in range(self.epochs):
             is_cooling = epoch >= (1 - self.cooldown) * self.epochs
-            falls = sum(epoch >= share * self.epochs for share in self.milestones)
-            self.backbone.param_groups[0]["lr"] = self.backbone_lr * 0.1**falls
             sums, batches = torch.zeros(2), 0
             for rows in self._batches(len(inputs), inputs.device):
                 batch = inputs[rows] if self.augment is None else self.augment(inputs[rows])
@@ -167,12 +188,16 @@ class FTWTTrainer:
                 self.predictors.zero_grad()
                 torch.autograd.backward(task if is_cooling else task + masks)
                 self.backbone.step()
+                schedule.step()
                 if not is_cooling:
                     self.predictors.step()
                 sums, batches = sums + torch.stack([task, masks]).detach().cpu(), batches + 1
             task_mean, mask_mean = (sums / batches).tolist()
             if not math.isfinite(task_mean):
-                raise FloatingPointError(f"training diverged in epoch {epoch}: the cross entropy is {task_mean}")
+                raise FloatingPointError(
+                    f"training diverged in epoch {epoch}: the cross entropy is {task_mean}. Lower backbone_lr, which "
+                    f"is {self.backbone_lr:g}, or call pretrain_predictors first"
+                )
             history.append((task_mean, mask_mean))
         self.model.eval()
         return history

@@ -1,10 +1,11 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from postern.adaptive import FTWTTrainer, convert_to_dynamic, mask_loss
+from postern.adaptive import FTWTTrainer, convert_to_dynamic, mask_loss, milestone_schedule
 from postern.data import load
 from postern.nets import ConvNet
 
@@ -104,15 +105,57 @@ def test_in_the_cooldown_the_predictors_are_left_alone():
     assert not is_same(predictors, training.model.predictors.parameters())
 
 
+def rates_in_use(optimizer):
+    """A list to which every step of an optimiser adds its rate."""
+    rates = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    return rates
+
+
 def test_the_rate_falls_at_milestones():
     images, labels = digits(50)
-    training = trainer(epochs=10, milestones=(0.3, 0.7))
-    rates = []
-    step = training.backbone.step
-    training.backbone.step = lambda: (rates.append(training.backbone.param_groups[0]["lr"]), step())
+    training = trainer(epochs=10, schedule=partial(milestone_schedule, milestones=(0.3, 0.7)))
+    rates, of_predictors = rates_in_use(training.backbone), rates_in_use(training.predictors)
+    for _ in range(2):  # each call begins anew
+        training.fit(images, labels)
+        assert rates == pytest.approx([1e-2] * 3 + [1e-3] * 4 + [1e-4] * 3)
+        assert of_predictors == [0.1] * 5
+        rates.clear()
+        of_predictors.clear()
+
+
+def test_by_default_the_rate_falls_after_the_official_epochs():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    schedule, rates = milestone_schedule(optimizer, 200 * 391), []
+    for _ in range(200):
+        rates.append(optimizer.param_groups[0]["lr"])
+        for _ in range(391):
+            optimizer.step()
+            schedule.step()
+    assert rates == pytest.approx([1.0] * 81 + [0.1] * 41 + [0.01] * 29 + [0.001] * 49)
+
+
+def test_any_schedule_of_pytorch_follows_the_steps():
+    def cycle(optimizer, steps):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, steps)
+
+    images, labels = digits(60)
+    training = trainer(epochs=5, schedule=cycle)  # of two batches
+    rates = rates_in_use(training.backbone)
     training.fit(images, labels)
-    assert rates == pytest.approx([1e-2] * 3 + [1e-3] * 4 + [1e-4] * 3)
-    assert training.predictors.param_groups[0]["lr"] == 0.1
+    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1e-2, 0.9)
+    expected, reference = [], cycle(other, 10)
+    for _ in range(10):
+        expected.append(other.param_groups[0]["lr"])
+        other.step()
+        reference.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_divergence_says_what_to_do():
+    images, labels = digits(50)
+    with pytest.raises(FloatingPointError, match="Lower backbone_lr, which is 1e\\+38, or call pretrain_predictors"):
+        trainer(backbone_lr=1e38, epochs=4).fit(images, labels)
 
 
 def test_augmentation_is_used():
@@ -138,6 +181,7 @@ def test_same_seed_same_network():
     [
         (lambda: trainer(epochs=0), "epochs=0"),
         (lambda: trainer(cooldown=2), "cooldown=2"),
+        (lambda: milestone_schedule(trainer().backbone, 10, (0.5, 1.5)), r"\[0.5, 1.5\]"),
         (lambda: trainer().fit(torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long)), "3 samples and 2 labels"),
         (lambda: trainer().pretrain_predictors(torch.zeros(3, 1, 8, 8), target="all"), "'all'"),
     ],
