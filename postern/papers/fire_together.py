@@ -23,6 +23,7 @@ from postern.adaptive import (
     estimate_flops_reduction,
     mask_loss,
     measure_flops_reduction,
+    milestone_schedule,
     seconds_per_sample,
     slim_conv_net,
 )
@@ -59,6 +60,7 @@ PAPER = Paper(
         "postern.adaptive.convert_to_dynamic",
         "postern.adaptive.DynamicNetwork",
         "postern.adaptive.FTWTTrainer",
+        "postern.adaptive.milestone_schedule",
         "postern.adaptive.mask_loss",
         "postern.adaptive.estimate_flops_reduction",
         "postern.adaptive.measure_flops_reduction",
@@ -147,7 +149,7 @@ class Setting:
     pretraining_epochs: int = 10  # of the predictors alone
     batch: int = 128
     dense_lr: float = 0.1  # peak of the one-cycle schedule, or what the milestones lower
-    backbone_lr: float = 0.01
+    backbone_lr: float = 0.01  # the same of networks that are adapted to masks or fine-tuned
     milestones: tuple[float, ...] = ()  # shares of the epochs after which rates fall tenfold; one cycle without any
     predictor_lr: float = 0.1
     pretraining_lr: float = 0.3
@@ -203,13 +205,7 @@ class Study:
         """Train a network of any kind from where it is, and return it."""
         setting, generator, augment = self.setting, self.run.generator(1), self.augmentation()
         optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=5e-4)
-        steps = epochs * -(-len(self.labels) // setting.batch)
-        schedule: torch.optim.lr_scheduler.LRScheduler
-        if setting.milestones:
-            falls = [round(share * steps) for share in setting.milestones]
-            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls)
-        else:
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps)
+        schedule = self.schedule(optimizer, epochs * -(-len(self.labels) // setting.batch))
         network.train()
         for _ in self.run.progress(range(epochs), "training a network"):
             order = torch.randperm(len(self.labels), generator=generator).to(self.images.device)
@@ -220,6 +216,12 @@ class Study:
                 optimizer.step()
                 schedule.step()
         return network.eval()
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """How rates change in every training, with and without dynamic filters."""
+        if self.setting.milestones:
+            return milestone_schedule(optimizer, steps, self.setting.milestones)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps)
 
     def augmentation(self) -> Callable[[Tensor], Tensor]:
         """What changes a batch of images before each use: the same draws in every training."""
@@ -244,6 +246,7 @@ class Study:
             self.setting.epochs,
             backbone_lr=self.setting.backbone_lr,
             predictor_lr=self.setting.predictor_lr,
+            schedule=self.schedule,
             batch_size=self.setting.batch,
             augment=self.augmentation(),
             generator=self.run.generator(2),

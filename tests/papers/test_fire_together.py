@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from postern.adaptive import count_macs
+from postern.adaptive import convert_to_dynamic, count_macs
 from postern.claims import Run
 from postern.nets import ConvNet
 from postern.papers.fire_together import (
@@ -41,19 +41,31 @@ def test_random_masks_have_the_density():
     assert len(masks.unique(dim=0)) == 2
 
 
-def test_rates_fall_where_the_setting_says(monkeypatch):
+@pytest.mark.parametrize("milestones", [(0.5, 0.75), ()])
+def test_all_arms_have_one_schedule(monkeypatch, milestones):
     seen = []
     step = torch.optim.SGD.step
-    monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda self, *args, **options: (seen.append(self.param_groups[0]["lr"]), step(self, *args, **options))[1],
-    )
-    setting = Setting(side=8, batch=5, milestones=(0.5, 0.75))
+
+    def watched(self, *args, **options):
+        seen.append((self.param_groups[0]["lr"], self.param_groups[0]["momentum"]))
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    setting = Setting(side=8, batch=5, epochs=4, milestones=milestones, predictor_lr=0.0)
     images, labels = torch.randn(10, 3, 8, 8), torch.zeros(10, dtype=torch.int64)
     study = Study(setting, Run(0, "smoke"), ConvNet(3, 10, (4,)), *[images, labels] * 2)
-    study.train(study.network, 4, 0.1)
-    assert seen == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+    study.train(study.network, 4, setting.backbone_lr)
+    fine_tuned = seen.copy()
+    seen.clear()
+    study.trainer(convert_to_dynamic(study.network, 0.8)).fit(images, labels)
+    dynamic = [each for each in seen if each[0]]  # the predictors' own rate is 0 here
+    assert dynamic == fine_tuned
+    rates = [rate for rate, _ in dynamic]
+    if milestones:
+        assert rates == pytest.approx([0.01] * 4 + [0.001] * 2 + [0.0001] * 2)
+    else:
+        assert 0.009 < max(rates) <= 0.01
+        assert rates[0] == pytest.approx(0.01 / 25)
 
 
 def test_the_full_network_costs_what_vgg_16_does():
