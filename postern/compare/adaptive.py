@@ -7,6 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from postern.adaptive import (
 from postern.claims import Metrics, Run
 from postern.claims.comparison import Contest, Curves, Member, Quantity, Setting
 from postern.compare.problems import Part, Rows, problem_of
-from postern.compare.training import Learner, best_rate, train
+from postern.compare.training import Learner, best_rate, shared_rate, train
 from postern.nets import ConvNet, ResidualMLP, evaluating
 
 WIDTHS = (16, 32, 64, 64, 64)  # of the convolutional network's stages
@@ -190,13 +191,14 @@ class Workshop:
         validation = self.batches("validation")
         return cache_exit_features(model, batches), cache_exit_features(model, validation), epochs
 
-    def exit_trainer(self, model: EarlyExitModel, price: float) -> JEIDNNTrainer:
-        """The trainer of a frozen network's exits."""
+    def exit_trainer(self, model: EarlyExitModel, price: float, *, ratio_grad: bool = False) -> JEIDNNTrainer:
+        """The trainer of a frozen network's exits; with the ratio differentiated the gates do not teach the exits."""
         return JEIDNNTrainer(
             model,
             price,
             exit_costs(model, self.problem.parts["train"][0][:1].to(self.run.device)),
             phase_batches=20,
+            ratio_grad=ratio_grad,
             gate_lr=GATE_RATE,
             head_lr=DESCENT_RATE * self.rate,
             batch_size=BATCH,
@@ -277,18 +279,13 @@ def patience(shop: Workshop) -> tuple[nn.Module, list[Point]]:
 
 def jei_dnn(shop: Workshop) -> tuple[nn.Module, list[Point]]:
     """Exits of the trained network, learnt together with the gates before them."""
-    network = shop.full()
-    shop.served(network)
-    model = shop.with_exits(network, is_frozen=True)
-    learning, validation, epochs = shop.features(model)
-    before = max(1, epochs // 2)
-    shop.exit_trainer(model, 0.0).warm_up(learning, validation, before, patience=before)
+    model, learning, validation, epochs = _with_warm_exits(shop)
     points = _ends(model)
     for price in PRICES:
         priced = copy.deepcopy(model)
-        gates = shop.exit_trainer(priced, price).fit(learning, validation, max(1, epochs - before))
+        gates = shop.exit_trainer(priced, price).fit(learning, validation, epochs)
         points.append(Point.with_policy(priced, gates))
-    return network, points
+    return model.backbone, points
 
 
 def ftwt(shop: Workshop) -> tuple[nn.Module, list[Point]]:
@@ -303,6 +300,7 @@ def ftwt(shop: Workshop) -> tuple[nn.Module, list[Point]]:
             epochs,
             backbone_lr=DESCENT_RATE * shop.rate,
             predictor_lr=PREDICTOR_RATE,
+            schedule=_shared_schedule,
             batch_size=BATCH,
             generator=shop.run.generator(2),
         )
@@ -323,13 +321,30 @@ def _by_confidence(model: EarlyExitModel, logits: Sequence[Tensor]) -> list[Poin
     return [Point.with_policy(model, MaxProbExit(calibrate_thresholds(logits, each))) for each in fractions]
 
 
-def _with_trained_exits(shop: Workshop) -> tuple[EarlyExitModel, list[Tensor]]:
-    """The trained network with exits that had a training of their own, and their logits of validation samples."""
+def _shared_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The rates that all trainings here have, for a trainer with an optimiser of its own."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(shared_rate, steps=steps))
+
+
+def _with_warm_exits(shop: Workshop) -> tuple[EarlyExitModel, ExitFeatures, ExitFeatures, int]:
+    """The trained network with exits that had half of a training; what they see, and the epochs that are left."""
     network = shop.full()
     shop.served(network)
     model = shop.with_exits(network, is_frozen=True)
     learning, validation, epochs = shop.features(model)
-    shop.exit_trainer(model, 0.0).warm_up(learning, validation, epochs, patience=epochs)
+    before = max(1, epochs // 2)
+    shop.exit_trainer(model, 0.0).warm_up(learning, validation, before, patience=before)
+    return model, learning, validation, max(1, epochs - before)
+
+
+def _with_trained_exits(shop: Workshop) -> tuple[EarlyExitModel, list[Tensor]]:
+    """The trained network with exits that were trained as often and at the same rates as those beside gates.
+
+    Returns:
+        The network, and the logits of its exits and final head of validation samples.
+    """
+    model, learning, validation, epochs = _with_warm_exits(shop)
+    shop.exit_trainer(model, PRICES[0], ratio_grad=True).fit(learning, validation, epochs)
     with torch.no_grad():
         return model, validation.all_logits(model)
 

@@ -121,6 +121,16 @@ def make_contest(
     )
 
 
+def shared_rate(done: int, steps: int) -> float:
+    """The learning rate of a step, as a share of the highest: up in a line for a tenth of the steps, then down.
+
+    Args:
+        done: steps before it; beyond the budget the rate stays.
+        steps: the budget.
+    """
+    return rate_at(min(done, steps - 1), steps, steps // 10)
+
+
 class Step:
     """One training step after another: AdamW with warm-up, linear decay and clipped gradients.
 
@@ -142,7 +152,7 @@ class Step:
     def __call__(self) -> Tensor:
         """Take a step and return the loss before it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * rate_at(min(self.done, self.steps - 1), self.steps, self.steps // 10)
+            group["lr"] = self.rate * shared_rate(self.done, self.steps)
         self.learner.set_progress(self.done / self.steps)
         self.done += 1
         inputs, target = self.problem.draw(self.generator)

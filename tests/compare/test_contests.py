@@ -10,6 +10,7 @@ from postern.claims import Run
 from postern.claims.comparison import CannotCompare, Contest, Setting
 from postern.compare import adaptive, attention, experts
 from postern.compare.problems import digest_of, kind_of, problem_of
+from postern.compare.training import shared_rate
 from postern.compare.transformer import Transformer
 from postern.data import load_own_splits
 from postern.experts import MixtureOfExperts, TemperatureGate
@@ -220,6 +221,32 @@ def test_methods_that_compute_less_are_read_at_equal_cost() -> None:
             assert metrics[f"time_64_{place}"] > 0
         assert metrics["accuracy"] == pytest.approx(sum(metrics[f"accuracy_{place}"] for place in (30, 50, 70)) / 3)
         assert metrics["accuracy"] > 0.4, name
+
+
+def test_what_is_added_to_a_trained_network_is_trained_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(setting(compare.find("adaptive"), "digits"))
+    shop = adaptive.Workshop(problem, 60, 3e-3, Run(seed=0, scale="test"))
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def watched(self: torch.optim.SGD, *args: object) -> object:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    monkeypatch.setattr(adaptive, "PRICES", adaptive.PRICES[:1])
+    monkeypatch.setattr(adaptive, "KEEPS", adaptive.KEEPS[:1])
+    monkeypatch.setattr(adaptive, "PREDICTOR_RATE", 0.0)
+    seen = {}
+    for name in ("thresholds", "patience", "jei-dnn", "ftwt"):
+        rates.clear()
+        torch.manual_seed(0)
+        adaptive.METHODS[name](shop)
+        seen[name] = [rate for rate in rates if rate]
+    assert seen["thresholds"] == seen["patience"] == seen["jei-dnn"]
+    assert min(seen["jei-dnn"]) < 0.1 * max(seen["jei-dnn"])
+    highest, steps = adaptive.DESCENT_RATE * shop.rate, len(seen["ftwt"])
+    assert seen["ftwt"] == pytest.approx([highest * shared_rate(done, steps) for done in range(steps)])
 
 
 def test_smaller_networks_cost_what_they_may() -> None:
