@@ -16,7 +16,10 @@ from postern.papers.fire_together import (
     Serving,
     Setting,
     Study,
+    balanced_accuracy,
+    best_constant_mask,
     is_more_accurate_than_static_pruning,
+    predictors_see_the_input,
     serving_networks,
 )
 
@@ -91,6 +94,50 @@ def test_static_and_random_networks_are_measured_at_equal_multiply_adds():
     assert "random_95" not in found
     for share in (85, 70):
         assert found[f"random_reduction_{share}"] == pytest.approx(found[f"reduction_{share}"], abs=0.1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_constant_mask_is_better_balanced(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rates = torch.rand(7, generator=generator) ** (0.3 if seed % 2 else 2.0)  # most kept, or most dropped
+    target = torch.rand(50, 7, generator=generator) < rates
+    target[0, 0] = True
+    masks = [torch.tensor(mask) for mask in itertools.product([False, True], repeat=7)]
+    best = max(balanced_accuracy(mask.expand_as(target), target) for mask in masks)
+    found = best_constant_mask(target)
+    assert balanced_accuracy(found.expand_as(target), target) == pytest.approx(best, abs=1e-12)
+
+
+def test_the_majority_mask_is_not_the_best_balanced_one():
+    target = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 1], [1, 1, 1]]).bool()
+    assert best_constant_mask(target).tolist() == [True, False, False]  # kept at rates of 1, 3/4 and 3/4
+    assert best_constant_mask(torch.ones(2, 3).bool()).all()
+
+
+@pytest.mark.parametrize(("sees", "share"), [(True, 1.0), (False, 0.0)])
+def test_predictors_that_see_the_input_beat_constant_masks(monkeypatch, sees, share):
+    def dynamic(study, keep):
+        model = convert_to_dynamic(study.network, keep)
+        report = type(model).with_reports
+
+        def reported(images):
+            output, reports = report(model, images)
+            masks = [each.target if sees else torch.ones_like(each.target) for each in reports]
+            return output, [each._replace(mask=mask) for each, mask in zip(reports, masks, strict=True)]
+
+        model.with_reports = reported
+        return model
+
+    monkeypatch.setattr(Study, "dynamic", dynamic)
+    torch.manual_seed(0)
+    run = Run(0, "smoke")
+    found = predictors_see_the_input(replace(SMOKE, training=200, test=100, dense_epochs=1, keeps=(0.9,)), run)
+    assert found["share_of_layers"] == share
+    (table,) = run.tables.values()
+    for row in table:
+        assert row["accuracy gain"] == row["accuracy"] - row["majority mask's"]
+        assert row["accuracy gain"] == found[f"accuracy_gain_{row['layer']}"]
+        assert row["balanced"] == (1.0 if sees else 0.5)
 
 
 @torch.no_grad()
