@@ -3,7 +3,7 @@
 from postern.adaptive.calibration_error import Binning, expected_calibration_error
 from postern.adaptive.cost import count_macs, counting_macs, seconds_per_sample
 from postern.adaptive.cost_hull import Mixture, best_mixture
-from postern.adaptive.dynamic_conv import BlockReport, DynamicConvBlock, Execution, can_be_dynamic
+from postern.adaptive.dynamic_conv import BlockReport, DynamicConvBlock, Execution, Mode, can_be_dynamic
 from postern.adaptive.dynamic_network import (
     DynamicNetwork,
     convert_to_dynamic,
@@ -64,6 +64,7 @@ __all__ = [
     "MaskPredictor",
     "MaxProbExit",
     "Mixture",
+    "Mode",
     "PatienceExit",
     "best_mixture",
     "cache_exit_features",

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from postern.adaptive import (
     DynamicNetwork,
     FTWTTrainer,
+    Mode,
     convert_to_dynamic,
     count_macs,
     estimate_flops_reduction,
@@ -46,8 +47,9 @@ PAPER = Paper(
         "estimated before training. It suits those who compress a trained network to a budget."
     ),
     reported=(
-        "CIFAR-10, VGG16-BN (93.82 %): 93.55 % with 65 % fewer FLOPs, 92.65 % with 74 % fewer.",
-        "CIFAR-10, ResNet56 (93.66 %): 92.63 % with 66 % fewer FLOPs.",
+        "CIFAR-10, VGG16-BN (93.82 %), decoupled: 93.73 % with 56 % fewer FLOPs, 93.19 % with 73 % fewer.",
+        "The same, trained jointly: 93.55 % with 65 % fewer FLOPs, 92.65 % with 74 % fewer.",
+        "CIFAR-10, ResNet56 (93.66 %), decoupled: 92.63 % with 66 % fewer FLOPs; jointly: 92.28 % with 54 % fewer.",
         "ImageNet, ResNet34 (73.30 %): 72.17 % with 47.42 % fewer FLOPs.",
         "ImageNet, MobileNetV1 (69.57 %): 69.66 % with 41.07 % fewer FLOPs.",
     ),
@@ -90,10 +92,19 @@ PAPER = Paper(
         "The mean over the pixels, which the official code takes, is an option; the maximum is the default, as in the "
         "paper.",
         "At the small scale a network of four convolutions on photographs of 16 x 16 pixels, trained for a few hundred "
-        "steps, stands in for VGG-16 and ResNet-56 and their 78 thousand, and predictors are trained first.",
+        "steps, stands in for VGG-16 and ResNet-56 and their 78 thousand, and predictors are trained first. The images "
+        "are averaged to a quarter of their pixels, for a quarter of the time: a claim trains up to twelve networks "
+        "for each seed, on a processor. Rates go through one cycle, as milestones are for long trainings.",
         "At full scale the network is VGG-16 with a stride of 2 in place of each pooling, for as many multiply-adds, "
         "trained on CIFAR-10 by the official recipe: 200 epochs dense and 200 with predictors that are not trained "
-        "first. ResNet-56, MobileNet and ImageNet are left out, as is joint training, which `convert_to_dynamic` has.",
+        "first. ResNet-56, MobileNet and ImageNet are left out: each would be one more training of many hours or days "
+        "for a number of the paper's table, and none tests another claim; their layers, residual and depth-wise, are "
+        "converted, and tested.",
+        "The claims are about decoupled training, the paper's idea and the default. Joint training is one more run for "
+        "every share, and is shown at full scale alone.",
+        "Of the rivals, static pruning by the l1 norm, narrow networks and random masks are compared. Feature boosting "
+        "and suppression (FBS), a dynamic method whose gates need a penalty of their own, and the static pruners of "
+        "nni are not: FBS would have to be written and tuned first to be a fair rival.",
         "Static pruning is our own `slim_conv_net`, as it has to meet the measured multiply-adds of the dynamic "
         "network, with the same share of every stage. With the l1 norm of the filters as importance and these shares, "
         "Torch-Pruning 1.6.1 makes the same network, number for number; its default importance, which also weighs the "
@@ -154,6 +165,7 @@ class Setting:
     predictor_lr: float = 0.1
     pretraining_lr: float = 0.3
     augmentation: bool = False  # crops after padding by an eighth of the side, and mirroring
+    trains_jointly: bool = False  # besides: the predictors' loss also trains the network
 
 
 SMOKE = Setting("digits", 8, 800, 400, (12, 16, 24, 24), dense_epochs=4, epochs=3, pretraining_epochs=5, batch=64)
@@ -169,6 +181,7 @@ FULL = Setting(
     pretraining_epochs=0,
     milestones=(0.405, 0.61, 0.755),
     augmentation=True,
+    trains_jointly=True,
 )
 SETTINGS = {"smoke": SMOKE, "small": Setting(), "full": FULL}
 
@@ -229,9 +242,9 @@ class Study:
             return lambda images: images
         return partial(shift_and_mirror, margin=self.setting.side // 8, generator=self.run.generator(3))
 
-    def dynamic(self, keep: float) -> DynamicNetwork:
+    def dynamic(self, keep: float, mode: Mode = "decoupled") -> DynamicNetwork:
         """A dynamic network from the dense one, trained."""
-        model = convert_to_dynamic(self.network, keep).to(self.run.device)
+        model = convert_to_dynamic(self.network, keep, mode=mode).to(self.run.device)
         trainer = self.trainer(model)
         trainer.pretrain_predictors(
             self.images, epochs=self.setting.pretraining_epochs, learning_rate=self.setting.pretraining_lr
@@ -308,16 +321,20 @@ class RandomPredictor(nn.Module):
 
 # -- the claims -------------------------------------------------------------------------------------------------------
 
-SHARES = (85, 70)  # those that are judged; narrow networks and random masks are trained at these alone
-_ARMS = ("predicted", "static", "narrow", "random")
+SHARES = (95, 85, 70)  # those that are judged; random masks are trained at these alone
+_NARROW_SHARES = (85, 70)
+_ARMS = ("predicted", "static", "narrow", "random", "joint")
+_OWN_SAVINGS = ("random", "joint")  # arms whose saving is measured by itself
 
 
 @PAPER.claim(
-    "At equal multiply-adds, predicted masks are at most half a point less accurate than static pruning, half a point "
-    "more where at least half of the multiply-adds are saved, and a point more than random masks of the same density.",
+    "At equal multiply-adds, predicted masks are at most half a point less accurate than static pruning where 95 and "
+    "85 % of the mass are kept, and half a point more accurate where 70 % are, which saves at least half; and a point "
+    "more accurate than random masks of the same density at each share.",
     reported="CIFAR: similar accuracy at 15 % and 24 % more saving than earlier methods.",
     holds_when=Given(
         AtLeast("reduction_70", 0.5),
+        Difference("predicted_95", "static_95", at_least=-0.005),
         Difference("predicted_85", "static_85", at_least=-0.005),
         Difference("predicted_70", "static_70", at_least=0.005),
         *(Difference(f"predicted_{share}", f"random_{share}", at_least=0.01) for share in SHARES),
@@ -325,19 +342,17 @@ _ARMS = ("predicted", "static", "narrow", "random")
     scales=SETTINGS,
     seeds=5,
     note=(
-        "Shares of the mass of 85 and 70 %; at larger ones predicted masks and static pruning are shown, and not "
-        "judged. Static pruning cuts the filters with the smallest l1 norm off and is fine-tuned for as many epochs; "
-        "random masks are drawn anew for every input, filter by filter with the density of the predicted ones, and the "
-        "network is adapted to them as long. What random masks save is measured by itself, as their layers are "
-        "independent. A narrow network, trained from scratch for all epochs, is shown besides. The predictors' own "
-        "multiply-adds are charged. Predicted masks beat random ones "
-        "by 3.7 and 6.0 points, but static pruning beats them by 2.9 points where 42 % is saved and by 9.1 where 73 % "
-        "is, and a narrow network nearly as much. The unpruned network, 56.4 % accurate, had eight epochs, these had "
-        "eight more."
+        "Static pruning cuts the filters with the smallest l1 norm off and is fine-tuned for as many epochs; random "
+        "masks are drawn anew for every input, filter by filter with the density of the predicted ones, and the net "
+        "is adapted to them as long. All have the same rates, one cycle at small scale and the official milestones at "
+        "full scale; the predictors have a rate of their own. What random masks save is measured by itself, as their "
+        "layers are independent. The predictors' own multiply-adds are charged. Shown besides, and not judged: at 85 "
+        "and 70 % a narrow network, trained from scratch for all epochs, and at full scale a share of 92 % and joint "
+        "training, whose saving is measured by itself. The unpruned network had half of the epochs that all others had."
     ),
 )
 def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
-    """Train a dense network and prune it in up to four ways at each share."""
+    """Train a dense network and prune it in up to five ways at each share."""
     study = Study.of(config, run)
     found: dict[str, float] = {"dense": study.accuracy(study.network)}
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in _ARMS}
@@ -350,14 +365,18 @@ def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
         arms: dict[str, nn.Module] = {"predicted": model, "static": static}
         savings = {"reduction": reduction}
         share = round(100 * keep)
-        if share in SHARES:
+        if share in _NARROW_SHARES:
             arms["narrow"] = study.train(study.narrow(widths), config.dense_epochs + config.epochs, config.dense_lr)
+        if share in SHARES:
             random = _randomly_masked(study, model)
             arms["random"], savings["random_reduction"] = random, study.reduction(random)
+        if config.trains_jointly:
+            joint = study.dynamic(keep, "joint")
+            arms["joint"], savings["joint_reduction"] = joint, study.reduction(joint)
         accuracies = {name: study.accuracy(network) for name, network in arms.items()}
         found |= {f"{name}_{share}": value for name, value in (accuracies | savings).items()}
         for name, accuracy in accuracies.items():
-            curves[name].append((savings["random_reduction"] if name == "random" else reduction, accuracy))
+            curves[name].append((savings[f"{name}_reduction" if name in _OWN_SAVINGS else "reduction"], accuracy))
         rows.append(
             {
                 "share of the mass": keep,
@@ -365,6 +384,7 @@ def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
                 "static widths": str(widths),
                 **{name: accuracies.get(name, "") for name in _ARMS},
                 "saved by random masks": savings.get("random_reduction", ""),
+                "saved by joint training": savings.get("joint_reduction", ""),
             }
         )
     run.table("accuracy at equal multiply-adds", rows)
@@ -375,6 +395,7 @@ def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
         + "; ".join(
             f"{name} {', '.join(f'{accuracy:.3f} at {saved:.0%}' for saved, accuracy in curve)}"
             for name, curve in curves.items()
+            if curve
         )
         + ".",
     )
@@ -405,8 +426,7 @@ def _randomly_masked(study: Study, model: DynamicNetwork) -> DynamicNetwork:
     seeds=5,
     note=(
         "Estimated from the unpruned network on training images, measured on test images; predictors not charged. The "
-        "ranks are right, but where much is kept less is saved than estimated, by 12.3, 11.7 and 8.1 points at shares "
-        "of 95, 90 and 85 %: predictors in doubt keep. At 70 % the estimate is off by 1.3."
+        "error of each share is among the metrics: below zero where less is saved than estimated."
     ),
 )
 def predicts_its_saving(config: Setting, run: Run) -> Metrics:
@@ -563,8 +583,9 @@ class Serving:
         "Stages of 64 to 256 filters. Densities are set until 60 % of the convolutions' multiply-adds are saved; the "
         "shares that gathered filters, predictors included, and the static network run are among the metrics. "
         "Normalisation is folded into the weights of all networks, and dense and static ones have their channels last, "
-        "which is faster. Weights and masks are random, the masks different for every image. A static network, and a "
-        "batch of 64, in which hardly two images share a mask, are shown besides and not judged."
+        "which is faster. Weights and masks are random, the masks different for every image. The predictors have no "
+        "softmax over their inputs, so its time is not in theirs. A static network, and a batch of 64, in which hardly "
+        "two images share a mask, are shown besides and not judged."
     ),
 )
 def gathering_saves_time(config: Serving, run: Run) -> Metrics:
@@ -630,6 +651,8 @@ def _trade_off(dense: float, curves: Mapping[str, Sequence[tuple[float, float]]]
     figure = Figure(figsize=(5, 3.4))
     axes = figure.add_subplot()
     for name, curve in curves.items():
+        if not curve:
+            continue
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=name)
     axes.axhline(dense, color="0.6", linewidth=0.8, label="dense")
     axes.set(xlabel="multiply-adds saved", ylabel="accuracy")

@@ -90,9 +90,9 @@ def test_static_and_random_networks_are_measured_at_equal_multiply_adds():
     found = is_more_accurate_than_static_pruning(setting, run)
     (table,) = run.tables.values()
     assert [row["share of the mass"] for row in table] == [0.95, 0.85, 0.7]
-    assert "static_95" in found
-    assert "random_95" not in found
-    for share in (85, 70):
+    assert {"static_95", "narrow_85", "narrow_70"} <= found.keys()
+    assert not {"narrow_95", "joint_95"} & found.keys()
+    for share in (95, 85, 70):
         assert found[f"random_reduction_{share}"] == pytest.approx(found[f"reduction_{share}"], abs=0.1)
 
 
@@ -138,6 +138,28 @@ def test_predictors_that_see_the_input_beat_constant_masks(monkeypatch, sees, sh
         assert row["accuracy gain"] == row["accuracy"] - row["majority mask's"]
         assert row["accuracy gain"] == found[f"accuracy_gain_{row['layer']}"]
         assert row["balanced"] == (1.0 if sees else 0.5)
+
+
+def test_joint_training_is_shown_where_the_setting_says():
+    run = Run(0, "smoke")
+    torch.manual_seed(0)
+    setting = replace(
+        SMOKE,
+        training=200,
+        test=100,
+        keeps=(0.85,),
+        dense_epochs=1,
+        epochs=1,
+        pretraining_epochs=0,
+        trains_jointly=True,
+    )
+    found = is_more_accurate_than_static_pruning(setting, run)
+    (table,) = run.tables.values()
+    assert table[0]["joint"] == found["joint_85"]
+    assert table[0]["saved by joint training"] == found["joint_reduction_85"]
+    study = Study.of(setting, run)
+    assert all(block.mode == "joint" for block in study.dynamic(0.85, "joint").blocks)
+    assert FULL.trains_jointly
 
 
 @torch.no_grad()
