@@ -47,7 +47,7 @@ def test_xmoe_differs_in_its_routers_alone():
 
 def test_options_are_arms_of_their_own():
     run = Run(seed=3, scale="smoke")
-    found = paper.gains_by_some_option(dataclasses.replace(TINY, rate=1e-2), run)
+    found = paper.gains_by_some_option(dataclasses.replace(TINY, rates=(1e-2,)), run)
     losses = [found[f"loss_{arm}"] for arm in ("plain_first", *paper._OPTIONS)]
     assert len(set(losses)) == len(losses)
     (rows,) = run.tables.values()
@@ -61,7 +61,7 @@ def test_options_are_arms_of_their_own():
 
 def test_the_first_start_is_that_of_all_arms_and_the_others_are_no_other_runs(corpus):
     first = paper._build(TINY, "plain", corpus.num_tokens, RUN.seed).state_dict()
-    untrained = dataclasses.replace(TINY, steps=1, rate=1e-12)
+    untrained = dataclasses.replace(TINY, steps=1, rates=(1e-12,))
     starts = [paper._train(untrained, "plain", corpus, RUN, start=start).model for start in (0, 1, 2)]
     weights = [model.state_dict()["embedding.weight"] for model in starts]
     torch.testing.assert_close(weights[0], first["embedding.weight"])
@@ -71,9 +71,24 @@ def test_the_first_start_is_that_of_all_arms_and_the_others_are_no_other_runs(co
     assert not any(torch.allclose(each, other["embedding.weight"], atol=1e-3) for each in weights)
 
 
+def test_the_rate_that_is_best_on_validation_text_counts(corpus):
+    config = dataclasses.replace(TINY, steps=20, windows=16)
+    losses = {}
+    windows = paper._windows(config, corpus.validation)
+    for rate in (1e-4, 1e-2):
+        alone = paper._train(dataclasses.replace(config, rates=(rate,)), "plain", corpus, RUN)
+        assert alone.rate == rate
+        losses[rate] = paper._evaluate(config, alone.model, windows).loss
+    assert losses[1e-2] < losses[1e-4]
+    for rates in ((1e-4, 1e-2), (1e-2, 1e-4)):
+        chosen = paper._train(dataclasses.replace(config, rates=rates), "plain", corpus, RUN)
+        assert chosen.rate == 1e-2
+        assert paper._evaluate(config, chosen.model, windows).loss == losses[1e-2]
+
+
 def test_xmoe_is_shown_beside_graphs_of_which_the_better_one_on_validation_text_is_compared():
     run = Run(seed=3, scale="smoke")
-    found = paper.lowers_the_loss(dataclasses.replace(TINY, rate=1e-2), run)
+    found = paper.lowers_the_loss(dataclasses.replace(TINY, rates=(1e-2,)), run)
     (rows,) = run.tables.values()
     by_router = {row["router"]: row for row in rows}
     assert found["loss_xmoe"] == by_router["XMoE"]["test loss"] != found["loss_plain"]
@@ -99,7 +114,7 @@ def test_arms_see_the_same_windows(corpus):
 
 
 def test_checkpoints_are_kept_with_the_model_as_it_is_then(corpus):
-    config = dataclasses.replace(TINY, steps=6, rate=1e-2, checkpoints=(0.5, 1.0))
+    config = dataclasses.replace(TINY, steps=6, rates=(1e-2,), checkpoints=(0.5, 1.0))
     windows = torch.stack([corpus.validation[:17], corpus.validation[20:37]])
     trained = paper._train(config, "similarity", corpus, RUN, windows)
     half = paper._train(dataclasses.replace(config, steps=3), "similarity", corpus, RUN).model
@@ -110,7 +125,7 @@ def test_checkpoints_are_kept_with_the_model_as_it_is_then(corpus):
 
 
 def test_the_control_becomes_as_flat_as_its_target(corpus):
-    config = dataclasses.replace(TINY, steps=60, rate=1e-2, warm_up_steps=5)
+    config = dataclasses.replace(TINY, steps=60, rates=(1e-2,), warm_up_steps=5)
     plain = paper._train(config, "plain", corpus, RUN)
     target = [
         [entropy - 0.2 * min(1.0, step / 30) for entropy in layers] for step, layers in enumerate(plain.entropies)
