@@ -551,7 +551,9 @@ def tanh_steadies_learnt_temperatures(config: Layers, run: Run) -> Metrics:
     note=(
         "Spread is the standard deviation of the logarithm of a layer's temperature over trainings that differ in "
         "their start and in the text that they see, its mean over layers. All experts work on each token. Temperatures "
-        "start at 1; two more arms start them anywhere between a third and three."
+        "start at 1; two more arms start them anywhere between a third and three. At small scale they have hardly left "
+        "where they started when training ends, with either gate: from 1, spreads are about a hundredth, which cannot "
+        "tell the gates apart. Losses are level but for the schedule, 0.01 to 0.02 nats behind."
     ),
 )
 def tanh_steadies_temperatures_of_language_models(config: TextModel, run: Run) -> Metrics:
