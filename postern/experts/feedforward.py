@@ -61,8 +61,13 @@ def in_order(
 
     Returns:
         A row for each assignment, those of the first token first.
+
+    Raises:
+        ValueError: some tokens have more assignments than others.
     """
     top_k = len(order) // max(len(tokens), 1)
+    if len(order) != top_k * len(tokens):
+        raise ValueError(f"each token has as many assignments as the others, got {len(order)} for {len(tokens)} tokens")
     return experts(tokens[order // max(top_k, 1)], ends)[order.argsort()]
 
 

@@ -114,6 +114,8 @@ def test_a_bank_takes_tokens_in_any_order(kind):
             alone[chosen[token, choice] :] = 1
             torch.testing.assert_close(found[token, choice], bank(tokens[token : token + 1], alone)[0])
     assert bank(tokens[:0], ends * 0, order[:0]).shape == (0, 4)
+    with pytest.raises(ValueError, match="as many assignments as the others, got 14 for 5 tokens"):
+        bank(tokens, ends, order[:14])
 
 
 def test_a_layer_leaves_all_to_its_bank():
