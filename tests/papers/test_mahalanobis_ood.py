@@ -33,18 +33,6 @@ def test_shuffled_images_have_the_same_quadrants_in_another_order():
     assert len({tuple(image.flatten().tolist()) for image in shuffled[::3]}) > 5
 
 
-def test_augmented_images_are_shifted_and_mirrored_crops():
-    images = torch.zeros(200, 2, 16, 16)
-    images[:, 0, 8, 5], images[:, 1, 3, 9] = 1.0, 2.0
-    augmented = paper._augmented(images, torch.Generator().manual_seed(0))
-    assert augmented.shape == images.shape
-    row = (augmented[:, 0] == 1).any(dim=2).int().argmax(dim=1)
-    column, other = ((augmented[:, k] > 0).any(dim=1).int().argmax(dim=1) for k in (0, 1))
-    assert set((row - 8).tolist()) == {-2, -1, 0, 1, 2}
-    assert set((other - column).tolist()) == {4, -4}  # the two marks stay four columns apart, mirrored or not
-    assert (augmented.flatten(1).sum(dim=1) == 3).all()
-
-
 def test_selected_images_are_right_clean_and_noisy_and_wrong_after_the_attack():
     class Threshold(torch.nn.Module):
         def forward(self, images):
