@@ -709,7 +709,9 @@ def consistency_aligns_experts(config: Translation, run: Run) -> Metrics:
         "More than 0.01 nats between random and fixed refutes, not only more than 0.05, as what does not matter stays "
         "within the smaller; the larger is what the average of all experts, at as many times the cost, may gain. "
         "BLEU of random draws, the mean and deviation over five translations, and of the fixed expert is reported "
-        "where sacrebleu is installed; the loss decides, as the thresholds are stated in it."
+        "where sacrebleu is installed; the loss decides, as the thresholds are stated in it. That it holds at small "
+        "scale says little: so early in training, at 2.7 to 3.0 nats a token and BLEU of 1 to 4, the experts differ "
+        "little."
     ),
 )
 def random_inference_is_safe(config: Translation, run: Run) -> Metrics:
