@@ -294,10 +294,10 @@ def copies_converge_slowly(config: Study, run: Run) -> Metrics:
         "kept. Beside it, not judged, the density of the same fits with two kept (same_k), where one copy for each "
         "region could do. All fits start twice near the truth and once at the truth: truth_start_share is the share "
         "that this start won with three kept, by missed_likelihood at most; same_truth_start_share and "
-        "same_missed_likelihood are those with two kept, whose model does not hold this start's density. At small scale "
-        "all means are where the theorem has them, the density at n^-0.53, single experts between n^-0.48 and n^-0.52; "
-        "seven data sets of three sizes leave the slopes of single experts too wide to say so. With two kept the "
-        "density converges as fast (n^-0.52): one copy for each region does."
+        "same_missed_likelihood are those with two kept, whose model does not hold this start's density. At small "
+        "scale all means are where the theorem has them, the density at n^-0.53, single experts between n^-0.48 and "
+        "n^-0.52; seven data sets of three sizes leave the slopes of single experts too wide to say so. With two kept "
+        "the density converges as fast (n^-0.52): one copy for each region does."
     ),
 )
 def copies_converge_slowly_across_regions(config: Study, run: Run) -> Metrics:
