@@ -458,10 +458,10 @@ def densities_converge_with_every_activation(config: Study, run: Run) -> Metrics
     seeds=10,
     note=(
         "Distances to the true expert that a fit starts at: mean of the two copies, and of the others. The bounds are "
-        "those of the claim on copies in top-K mixtures. With two spare experts, at full scale, three share a true one. "
-        "Fits start twice near the truth and once at the truth, and the likeliest counts: truth_start_share is the "
-        "share of all fits that the start at the truth won, by missed_likelihood at most. The temperature is learnt "
-        "like n^-0.49 at small scale, with the spare expert as without."
+        "those of the claim on copies in top-K mixtures. With two spare experts, at full scale, three share a true "
+        "one. Fits start twice near the truth and once at the truth, and the likeliest counts: truth_start_share is "
+        "the share of all fits that the start at the truth won, by missed_likelihood at most. The temperature is "
+        "learnt like n^-0.49 at small scale."
     ),
 )
 def copies_converge_slowly_behind_tanh(config: Study, run: Run) -> Metrics:
