@@ -505,9 +505,9 @@ def _accuracies(study: Study, curves: Mapping[str, Sequence[Point]], run: Run) -
         "output and what those before it are short of 1, trained in the same way; one bound on the entropy; patience; "
         "fixed exits, the same for all samples, which need no policy; and one threshold on classifiers that were only "
         "warmed up. At small scale the gain over one threshold at 40 % of the cost is 1.6 points, with an interval "
-        "that ends just below the point asked for. What gains is training gates and classifiers together: independent "
-        "gates are at least as accurate at each cost (97.9 % at 40 %, jointly learnt 97.8), while one threshold, at "
-        "96.2 %, is no better than one exit for all (96.2 %)."
+        "that ends just below the point asked for. What gains is a learnt gate, whatever its form: independent gates "
+        "are at least as accurate at each cost (97.9 % at 40 %, jointly learnt 97.8), while one threshold, at 96.2 %, "
+        "is no better than one exit for all (96.2 %)."
     ),
 )
 def is_more_accurate_at_equal_cost(config: World, run: Run) -> Metrics:
@@ -543,7 +543,10 @@ def joint_training_pays(config: World, run: Run) -> Metrics:
     ),
     scales=WORLDS,
     seeds=10,
-    note="Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost.",
+    note=(
+        "Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost. At small "
+        "scale it is 0.9 points lower with the weights at 35 % of the cost, and level at 50 %."
+    ),
 )
 def weights_calibrate(config: World, run: Run) -> Metrics:
     """Train with the ratio detached and differentiated, and compare calibration errors at equal cost."""
@@ -563,7 +566,9 @@ def weights_calibrate(config: World, run: Run) -> Metrics:
     note=(
         "Expected calibration error of the answer at the exit taken, 15 bins of equal mass, at equal cost. Shown "
         "besides: a threshold for each exit, one bound on the entropy, patience, fixed exits, and one threshold on "
-        "classifiers that were only warmed up."
+        "classifiers that were only warmed up. Refuted at small scale: 2.9 and 1.1 points with one threshold at 35 and "
+        "50 % of the cost, 4.0 and 1.8 jointly learnt. Of all that are shown the best is one threshold on classifiers "
+        "that were only warmed up, 2.0 and 1.1."
     ),
 )
 def is_better_calibrated_than_thresholds(config: World, run: Run) -> Metrics:
@@ -647,7 +652,9 @@ ALPHA = 0.05
         "Jointly learnt exits at the price whose cost on validation samples is nearest to 40 %, calibrated on the same "
         "samples. Where more than 95 % of the answers are right, some sets are empty. Coverage on the samples of the "
         "worst exit with more than 100 of them is shown besides: a common threshold promises none there. The sizes can "
-        "refute the claim where the coverage holds, as smaller sets are what the paper reports."
+        "refute the claim where the coverage holds, as smaller sets are what the paper reports. At small scale both "
+        "cover; the sizes do not tell (0.971 classes by exit, 0.964 in common). A common threshold covers 89 % at the "
+        "worst exit, one for each exit 95."
     ),
 )
 def conformal_sets_cover(config: World, run: Run) -> Metrics:
