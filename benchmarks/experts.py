@@ -133,13 +133,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.testing.assert_close(forward(module, x), forward(modules["ours"], x), rtol=1e-4, atol=1e-5)
                 module.to(device, dtype)
         x = x.to(device, dtype).requires_grad_()
-        names = {"step": step, "forward": forward, "x": x, "grad": torch.randn_like(x), "no_grad": torch.no_grad}
+        names = {"step": step, "forward": forward, "x": x, "grad": torch.randn_like(x)}
         names |= modules
         for title, statement in (("Inference", "forward({}, x)"), ("Training step", "step({}, x, grad)")):
             with torch.set_grad_enabled(title != "Inference"):
-                times = best_times(
-                    {name: statement.format(name) for name in modules}, arguments.seconds, names, device=device
-                )
+                statements = {name: statement.format(name) for name in modules}
+                times = best_times(statements, arguments.seconds, names, rounds=3, device=device)
             known = best.setdefault((title, *case), times)
             best[title, *case] = {name: min(time, known[name]) for name, time in times.items()}
     tables: dict[str, list[Row]] = {}
