@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for title, statement in (("Inference", "forward({}, x)"), ("Training step", "step({}, x, grad)")):
             with torch.set_grad_enabled(title != "Inference"):
                 statements = {name: statement.format(name) for name in modules}
-                times = best_times(statements, arguments.seconds, names, rounds=3, device=device)
+                times = best_times(statements, arguments.seconds, names, rounds=1, device=device)
             known = best.setdefault((title, *case), times)
             best[title, *case] = {name: min(time, known[name]) for name, time in times.items()}
     tables: dict[str, list[Row]] = {}

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from postern.experts._likelihood import Coordinates, Likelihood, Statistics
 from postern.experts.gaussian_moe import Covariance, MixtureParameters, SoftmaxGate, check_covariance
+from postern.experts.temperature_gate import GREATEST_TEMPERATURE, LEAST_TEMPERATURE
 
 Solver = Literal["em", "lbfgs"]
 
-TEMPERATURES = (1e-2, 1e2)  # a learnt temperature stays between
 _RIDGE = 1e-8  # on the normal equations of an expert, relative to its share of the samples
 _FIRST_DAMPING, _LAST_DAMPING = 1e-3, 1e8
 
@@ -90,7 +90,7 @@ def fit_mixture(
         gate: how experts are weighed.
         solver: "em": the starts advance together and drop out as they converge. "lbfgs": one after the other by
             SciPy's L-BFGS-B on exact gradients; needs fewer passes where EM creeps, as with spare experts.
-        learns_temperature: whether ``log tau`` is free, in the range ``TEMPERATURES``.
+        learns_temperature: whether ``log tau`` is free, in the range of temperatures, [0.01, 100].
         covariance: "per-expert", or "tied" for one variance of all experts; starts of different ones begin at their
             geometric mean. It keeps an expert from shrinking onto a few samples, where nothing but ``min_variance``
             bounds the likelihood.
@@ -167,7 +167,7 @@ class _Problem:
         limits: list[tuple[float | None, float | None]] = [(None, None)] * free
         limits += [(float(np.log(self.min_variance)), None)] * self.coordinates.num_variances
         if self.coordinates.learns_temperature:
-            limits.append((float(np.log(TEMPERATURES[0])), float(np.log(TEMPERATURES[1]))))
+            limits.append((float(np.log(LEAST_TEMPERATURE)), float(np.log(GREATEST_TEMPERATURE))))
         return limits
 
     def bounded(self, flat: Tensor) -> Tensor:
