@@ -348,7 +348,9 @@ _OWN_SAVINGS = ("random", "joint")  # arms whose saving is measured by itself
         "full scale; the predictors have a rate of their own. What random masks save is measured by itself, as their "
         "layers are independent. The predictors' own multiply-adds are charged. Shown besides, and not judged: at 85 "
         "and 70 % a narrow network, trained from scratch for all epochs, and at full scale a share of 92 % and joint "
-        "training, whose saving is measured by itself. The unpruned network had half of the epochs that all others had."
+        "training, whose saving is measured by itself. The unpruned network had half of the epochs that all others "
+        "had. Refuted at small scale: where 13, 41 and 72 % are saved, static pruning is 0.6, 2.1 and 9.0 points "
+        "ahead, and narrow networks are as good as it is. Predictions are 1.2, 4.1 and 5.5 points better than chance."
     ),
 )
 def is_more_accurate_than_static_pruning(config: Setting, run: Run) -> Metrics:
