@@ -597,7 +597,10 @@ def gains_by_some_option(config: TextModel, run: Run) -> Metrics:
     note=(
         f"{_FAIR} Fluctuation is the share of validation tokens whose set of experts changes between checkpoints at "
         "67, 75, 83, 92 and 100 % of the training, the mean over these and over layers. The temperatures of the "
-        "controls follow, layer by layer and step by step, the entropy that the other router has on the same batch."
+        "controls follow, layer by layer and step by step, the entropy that the other router has on the same batch. "
+        "Here, though, all arms have the plain router's rate, since choices change more often at a higher one. This "
+        "was decided after a measurement with each arm at its own better rate, where both graphs had the lower one on "
+        "the first seed: similarity-aware routing changed 1.26 times as often as plain routing, attention-aware 0.86."
     ),
 )
 def routes_more_stably(config: TextModel, run: Run) -> Metrics:
@@ -612,6 +615,7 @@ def routes_more_stably(config: TextModel, run: Run) -> Metrics:
     described, fluctuations = [], {}
     for arm in arms:
         trained = _train(config, arm, corpus, run, validation, target if arm.startswith("matched") else None)
+        config = replace(config, rates=(trained.rate,))  # of the first, the plain router
         target = trained.entropies
         found = _evaluate(config, trained.model, validation)
         steps, successive = trained.recorder.steps, trained.recorder.successive()

@@ -86,6 +86,20 @@ def test_the_rate_that_is_best_on_validation_text_counts(corpus):
         assert paper._evaluate(config, chosen.model, windows).loss == losses[1e-2]
 
 
+def test_choices_are_compared_at_the_rate_of_the_plain_router(monkeypatch):
+    train_at, tried = paper._train_at, []
+
+    def spy(rate, config, arm, *others):
+        tried.append((arm, rate))
+        return train_at(rate, config, arm, *others)
+
+    monkeypatch.setattr(paper, "_train_at", spy)
+    run = Run(seed=3, scale="smoke")
+    paper.routes_more_stably(dataclasses.replace(TINY, steps=20, windows=16, rates=(1e-2, 1e-4)), run)
+    others = ["similarity", "matched_similarity", "attention", "matched_attention"]
+    assert tried == [("plain", 1e-2), ("plain", 1e-4), *((arm, 1e-2) for arm in others)]
+
+
 def test_xmoe_is_shown_beside_graphs_of_which_the_better_one_on_validation_text_is_compared():
     run = Run(seed=3, scale="smoke")
     found = paper.lowers_the_loss(dataclasses.replace(TINY, rates=(1e-2,)), run)
