@@ -559,10 +559,12 @@ _OPTIONS: tuple[Arm, ...] = (
         "All options start from the same weights, and all arms see the same windows. At small scale there are 200 "
         "steps at the lower rate of the other claims, 0.002, as there are eighteen models. The best of several is "
         "better than one by chance alone, so that there are as many plain routers as options: their starts differ, of "
-        "which the first is that of all options, and the best on validation text is compared. "
-        "The temperatures are of the bilinear similarity, which has 1 by default; dot product, cosine and distance "
-        "have nothing to learn. With attention half of a token's preference is its own by default, and nothing in the "
-        "other arm. The options are shown one by one, and the first plain router; the best ones alone are judged."
+        "which the first is that of all options, and the best on validation text is compared. The temperatures are of "
+        "the bilinear similarity, which has 1 by default; dot product, cosine and distance have nothing to learn. "
+        "With attention half of a token's preference is its own by default, and nothing in the other arm. The options "
+        "are shown one by one, and the first plain router; the best ones alone are judged. Refuted at small scale: "
+        "the best option is 0.009 to 0.024 nats behind the best plain router. It is the distance with two seeds and "
+        "the bilinear similarity at a temperature of 0.5 with the third."
     ),
 )
 def gains_by_some_option(config: TextModel, run: Run) -> Metrics:
