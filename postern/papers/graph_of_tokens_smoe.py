@@ -668,7 +668,9 @@ def routes_more_stably(config: TextModel, run: Run) -> Metrics:
     seeds=3,
     note=(
         f"{_FAIR} At given weights an average cannot be more decided than what it is made of is in the mean; so the "
-        "table also has the entropy of the same router's tokens before they are averaged (own), and both bounds."
+        "table also has the entropy of the same router's tokens before they are averaged (own), and both bounds. "
+        "Refuted at small scale: 1.36 nats with similarity-aware and 1.67 with attention-aware routing, where plain "
+        "routing has 0.86. The tokens' own preferences are less decided as well, at 1.39 and 1.09 nats."
     ),
 )
 def is_more_decided(config: TextModel, run: Run) -> Metrics:
