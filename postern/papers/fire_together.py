@@ -428,8 +428,9 @@ def _randomly_masked(study: Study, model: DynamicNetwork) -> DynamicNetwork:
     seeds=5,
     note=(
         "Estimated from the unpruned network on training images, measured on test images; predictors not charged. The "
-        "error of each share is among the metrics: below zero where less is saved than estimated. What is published "
-        "was trained by another schedule, that of 200 epochs, and is to be measured again."
+        "error of each share is among the metrics: below zero where less is saved than estimated. Refuted at small "
+        "scale: the ranks are right with every seed, but 12 to 14 points less are saved than estimated at 95 and 90 "
+        "%, and 7 to 11 at 85 %; at 70 % up to 1.3 more are."
     ),
 )
 def predicts_its_saving(config: Setting, run: Run) -> Metrics:

@@ -744,7 +744,10 @@ _REPLACED = 0.1
     seeds=3,
     note=(
         f"{_FAIR} Tokens are replaced by others drawn evenly from the vocabulary; what is to be predicted stays. Flips "
-        "are tokens that were not replaced and whose set of experts changes all the same."
+        "are tokens that were not replaced and whose set of experts changes all the same. Inconclusive at small "
+        "scale: the loss rises 0.84 to 0.96 times as much with similarity-aware and 0.85 to 0.99 times with "
+        "attention-aware routing, but least where the loss of both is worst before, and flips are more frequent: 20 "
+        "to 27 % of the tokens against 15 %."
     ),
 )
 def resists_replaced_tokens(config: TextModel, run: Run) -> Metrics:
