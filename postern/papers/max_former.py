@@ -608,7 +608,9 @@ def costs_no_more_energy(config: Classification, run: Run) -> Metrics:
     "convolution in front of a maximum has four times the positions of one with a stride, and the rates of spikes may "
     "differ. The convolutions in the shortcuts multiply in both networks alike, which draws the ratio towards 1; that "
     "of the additions alone is in the table too. The threshold is the one of the transformers; it was known from the "
-    "table of the claim about accuracy, before this claim was written, that Max-ResNet takes more.",
+    "table of the claim about accuracy, before this claim was written, that Max-ResNet takes more. Refuted at small "
+    "scale: 1.41 times the energy, with 2.8 to 3.0 times the additions. There are 1.6 times the positions, and 1.7 "
+    "times the rate of spikes, of which most is in the stages that begin with maxima.",
 )
 def costs_no_more_energy_in_a_residual_network(config: Classification, run: Run) -> Metrics:
     """Train Max-ResNet and MS-ResNet by the same recipe, and count spikes."""
