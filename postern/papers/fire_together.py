@@ -469,8 +469,10 @@ def predicts_its_saving(config: Setting, run: Run) -> Metrics:
         "On test images, at a share of 90 %, against the labels of the trained network, all filters of a layer taken "
         "together. The constant mask of highest balanced accuracy keeps the filters that are kept on training images "
         "at least as often as the layer's mean filter. The gain in accuracy over the majority mask, which has, filter "
-        "by filter, the label that is more frequent there, is shown besides and not judged. What is published is held "
-        "to the majority mask, by another schedule of the training, and is to be measured again."
+        "by filter, the label that is more frequent there, is shown besides and not judged. Refuted at small scale, "
+        "with each seed in two of four layers: the last two gain 4 to 6 and 13 to 15 points of balanced accuracy, the "
+        "first two lose up to 6 to the constant mask, though all four are more accurate than the majority mask, by 1 "
+        "to 8 points. The same claim held against the majority mask, by another schedule."
     ),
 )
 def predictors_see_the_input(config: Setting, run: Run) -> Metrics:
